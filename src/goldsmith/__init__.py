@@ -1,0 +1,63 @@
+"""goldsmith: supervised fine-tuning of language models by maximum likelihood.
+
+The public names, each loaded when it is first used, so that `import goldsmith` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    __version__: str
+    from goldsmith.errors import GoldsmithError
+    from goldsmith.recipe import Recipe, load_recipe
+    from goldsmith.scoring.compare import Comparison, compare, scores_from_probabilities
+    from goldsmith.scoring.files import read_scores
+    from goldsmith.types import TokenScore, TokenScores
+    from goldsmith.workflows import generate, score, train
+
+__all__ = [
+    "Comparison",
+    "GoldsmithError",
+    "Recipe",
+    "TokenScore",
+    "TokenScores",
+    "compare",
+    "generate",
+    "load_recipe",
+    "read_scores",
+    "score",
+    "scores_from_probabilities",
+    "train",
+]
+
+_HOME = {
+    "Comparison": "goldsmith.scoring.compare",
+    "GoldsmithError": "goldsmith.errors",
+    "Recipe": "goldsmith.recipe",
+    "TokenScore": "goldsmith.types",
+    "TokenScores": "goldsmith.types",
+    "compare": "goldsmith.scoring.compare",
+    "generate": "goldsmith.workflows",
+    "load_recipe": "goldsmith.recipe",
+    "read_scores": "goldsmith.scoring.files",
+    "score": "goldsmith.workflows",
+    "scores_from_probabilities": "goldsmith.scoring.compare",
+    "train": "goldsmith.workflows",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("goldsmith")
+    if name not in _HOME:
+        raise AttributeError(f"module 'goldsmith' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,479 @@
+"""The data set: every row read, checked, rendered, and kept in a few flat arrays; and the report that adds up."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast, overload
+
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerBase
+
+from goldsmith.data.formats import to_conversation
+from goldsmith.data.mixture import copies_in_epoch
+from goldsmith.data.rendering import Renderer
+from goldsmith.data.rows import (
+    Columns,
+    DataConfig,
+    Rejection,
+    Row,
+    SourceConfig,
+    read_file,
+    read_rows,
+    rows_in_memory,
+    shorten,
+    source_files,
+    source_name,
+)
+from goldsmith.errors import ConfigError, DataError
+from goldsmith.records import DataReport, FileReport
+from goldsmith.storage import sha256_file
+from goldsmith.types import Conversation, TokenizedExample
+
+__all__ = ["Dataset", "load_dataset", "read_texts"]
+
+# Rows rendered at once: enough to keep a tokenizer's threads busy, small enough to be no matter of memory.
+_ROWS_AT_ONCE = 1024
+# Rejections of each reason that are kept with their place.
+_SHOWN_REJECTIONS = 3
+
+
+class Dataset(Sequence[TokenizedExample]):
+    """Examples in flat arrays. Legend: E examples, N tokens of all together. Nothing here changes after loading.
+
+    Attributes:
+        token_ids: int32 [N], the examples end to end.
+        target_weights: float32 [N].
+        offsets: int64 [E + 1]; example i is `token_ids[offsets[i]:offsets[i + 1]]`.
+        lengths: int64 [E], tokens.
+        num_target_tokens: int64 [E], tokens of weight > 0.
+        weight_sums: float64 [E], W(i).
+        example_weights: float64 [E], u_i (the source's weight is in it).
+        groups: int64 [E], counts rows from 0; the parts of a row share it and lie together.
+        repeats: float64 [E], how often an epoch holds the example's row.
+        num_bytes: int64 [E], see `TokenizedExample`.
+        example_ids, sources: one an example; ids are unique.
+        num_unknown_tokens: tokens that are the tokenizer's unknown token: text that it could not write.
+        report: what became of every row.
+    """
+
+    def __init__(
+        self,
+        examples: Iterable[TokenizedExample],
+        *,
+        groups: Sequence[int] | None = None,
+        repeats: Sequence[float] | None = None,
+        report: DataReport | None = None,
+        unknown_id: int | None = None,
+    ) -> None:
+        """
+        Args:
+            examples: in order; copied.
+            groups: default: every example is a row of its own.
+            repeats: default: 1 each.
+            report: default: an empty one.
+            unknown_id: the tokenizer's `unk_token_id`, to count.
+        """
+        builder = _Builder()
+        for index, example in enumerate(examples):
+            builder.add(
+                example,
+                group=index if groups is None else groups[index],
+                repeat=1.0 if repeats is None else repeats[index],
+            )
+        self._fill(builder, report or DataReport(), unknown_id)
+
+    def _fill(self, builder: _Builder, report: DataReport, unknown_id: int | None) -> None:
+        builder.flush()
+        self.token_ids: npt.NDArray[np.int32] = _joined(builder.token_ids, np.int32)
+        self.target_weights: npt.NDArray[np.float32] = _joined(builder.target_weights, np.float32)
+        self.lengths: npt.NDArray[np.int64] = np.array(builder.lengths, dtype=np.int64)
+        self.offsets: npt.NDArray[np.int64] = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
+        self.example_weights: npt.NDArray[np.float64] = np.array(builder.example_weights, dtype=np.float64)
+        self.groups: npt.NDArray[np.int64] = np.array(builder.groups, dtype=np.int64)
+        self.repeats: npt.NDArray[np.float64] = np.array(builder.repeats, dtype=np.float64)
+        self.num_bytes: npt.NDArray[np.int64] = np.array(builder.num_bytes, dtype=np.int64)
+        self.example_ids: list[str] = builder.example_ids
+        self.sources: list[str] = builder.sources
+        starts = self.offsets[:-1]
+        empty = len(self.example_ids) == 0
+        self.weight_sums: npt.NDArray[np.float64] = (
+            np.zeros(0) if empty else np.add.reduceat(self.target_weights, starts, dtype=np.float64)
+        )
+        self.num_target_tokens: npt.NDArray[np.int64] = (
+            np.zeros(0, dtype=np.int64) if empty else np.add.reduceat(self.target_weights > 0, starts, dtype=np.int64)
+        )
+        self.num_unknown_tokens = 0 if unknown_id is None else int(np.count_nonzero(self.token_ids == unknown_id))
+        self.report = report
+
+    def __len__(self) -> int:
+        return len(self.example_ids)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenizedExample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenizedExample]: ...
+
+    def __getitem__(self, index: int | slice) -> TokenizedExample | list[TokenizedExample]:
+        """One example, its arrays views of the data set's; or a list for a slice."""
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        position = int(index) + (len(self) if index < 0 else 0)
+        if not 0 <= position < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        span = slice(int(self.offsets[position]), int(self.offsets[position + 1]))
+        return TokenizedExample(
+            token_ids=self.token_ids[span],
+            target_weights=self.target_weights[span],
+            example_id=self.example_ids[position],
+            example_weight=float(self.example_weights[position]),
+            source=self.sources[position],
+            num_bytes=int(self.num_bytes[position]),
+        )
+
+    def last_turn(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """The ids before the last run of gold, and the run itself (its end token included).
+
+        The first is what a server is given for that turn, unless a token straddles the boundary (`boundary: joint`).
+        """
+        example = self[index]
+        gold = np.flatnonzero(example.target_weights > 0)
+        breaks = np.flatnonzero(np.diff(gold) > 1)
+        first = int(gold[breaks[-1] + 1] if breaks.size else gold[0])
+        return example.token_ids[:first], example.token_ids[first : int(gold[-1]) + 1]
+
+    def context_text(self, index: int, tokenizer: PreTrainedTokenizerBase) -> str:
+        """What stands before the last run of gold, for display: decoded, control tokens included."""
+        return str(tokenizer.decode(self.last_turn(index)[0].tolist(), skip_special_tokens=False))
+
+    def gold_text(self, index: int, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The last run of gold, for display and for exact match: decoded, without special tokens."""
+        return str(tokenizer.decode(self.last_turn(index)[1].tolist(), skip_special_tokens=True))
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, over all that training depends on: ids, weights, rows, repeats and example ids, in order."""
+        digest = hashlib.sha256()
+        for array, kind in (
+            (self.token_ids, "<i4"),
+            (self.target_weights, "<f4"),
+            (self.lengths, "<i8"),
+            (self.example_weights, "<f8"),
+            (self.groups, "<i8"),
+            (self.repeats, "<f8"),
+        ):
+            digest.update(f"{kind}[{array.shape[0]}]".encode())
+            digest.update(np.ascontiguousarray(array, dtype=np.dtype(kind)).data)
+        digest.update(json.dumps(self.example_ids).encode("utf-8"))
+        return digest.hexdigest()
+
+
+class _Builder:
+    """Collects examples; small arrays are joined as they come, so that memory holds few objects."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[npt.NDArray[np.int32]] = []
+        self.target_weights: list[npt.NDArray[np.float32]] = []
+        self.lengths: list[int] = []
+        self.example_weights: list[float] = []
+        self.groups: list[int] = []
+        self.repeats: list[float] = []
+        self.num_bytes: list[int] = []
+        self.example_ids: list[str] = []
+        self.sources: list[str] = []
+        self._pending: list[TokenizedExample] = []
+
+    def add(self, example: TokenizedExample, *, group: int, repeat: float) -> None:
+        self._pending.append(example)
+        self.lengths.append(example.num_tokens)
+        self.example_weights.append(example.example_weight)
+        self.groups.append(group)
+        self.repeats.append(repeat)
+        self.num_bytes.append(example.num_bytes)
+        self.example_ids.append(example.example_id)
+        self.sources.append(example.source)
+        if len(self._pending) >= _ROWS_AT_ONCE:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._pending:
+            self.token_ids.append(np.concatenate([example.token_ids for example in self._pending]))
+            self.target_weights.append(np.concatenate([example.target_weights for example in self._pending]))
+            self._pending = []
+
+
+def _joined(arrays: list[npt.NDArray[Any]], dtype: type[np.generic]) -> npt.NDArray[Any]:
+    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=dtype)
+
+
+def load_dataset(
+    sources: Sequence[SourceConfig] | Iterable[Mapping[str, Any]],
+    *,
+    config: DataConfig,
+    renderer: Renderer,
+    split: Literal["train", "eval"],
+    base_folder: Path = Path(),
+) -> Dataset:
+    """Read, check, render and keep all rows of a split. Every row is used, rejected, or over its source's limit.
+
+    Args:
+        sources: files (`config.train`, say), or rows in memory: mappings, or a `datasets.Dataset`.
+        config: its `columns` and `on_bad_row`.
+        renderer: also says the longest length.
+        split: for messages; names the source of rows in memory.
+        base_folder: what the paths of sources are relative to; default: the current directory.
+
+    Raises:
+        DataError: a file is missing, empty or damaged; a row is rejected and `on_bad_row` is `stop` (everything is read
+            first, and the message sums up by reason); no row can be used.
+        ConfigError: two sources of one name, or what `Renderer.render` raises.
+    """
+    loading = _Loading(config, renderer)
+    files = _files(sources)
+    if files is not None:
+        _check_names(files, split)
+        for source in files:
+            loading.read_source(source, base_folder)
+    else:
+        rows = cast("Iterable[Mapping[str, Any]]", sources)
+        loading.read_memory(rows_in_memory(rows, name=split), name=split)
+    return loading.finish(split)
+
+
+def read_texts(
+    sources: Sequence[SourceConfig] | Iterable[Mapping[str, Any]], *, config: DataConfig, base_folder: Path = Path()
+) -> tuple[list[str], list[str]]:
+    """The texts to learn a tokenizer from: all that is not gold (prompts, other roles), and the gold. `limit` is kept to.
+
+    Rows that cannot be used are passed over; `load_dataset` is where they are counted.
+
+    Args:
+        sources: files, or rows in memory.
+    """
+    readings: list[tuple[Iterator[Row | Rejection], Columns | None, int | None]] = []
+    files = _files(sources)
+    if files is not None:
+        for source in files:
+            columns = source.columns or config.columns
+            readings.append((read_rows(source, base_folder=base_folder, columns=columns), columns, source.limit))
+    else:
+        readings.append((rows_in_memory(cast("Iterable[Mapping[str, Any]]", sources)), config.columns, None))
+    contexts: list[str] = []
+    golds: list[str] = []
+    for rows, columns, limit in readings:
+        taken = 0
+        for row in rows:
+            if limit is not None and taken >= limit:
+                break
+            conversation = row if isinstance(row, Rejection) else to_conversation(row, columns=columns)
+            if isinstance(conversation, Rejection):
+                continue
+            taken += 1
+            for message in conversation.messages:
+                (golds if message.role == "assistant" else contexts).append(message.content)
+    return contexts, golds
+
+
+def _files(sources: Sequence[SourceConfig] | Iterable[Mapping[str, Any]]) -> list[SourceConfig] | None:
+    """`sources` where they are files, None where they are rows in memory."""
+    if isinstance(sources, (list, tuple)) and all(isinstance(source, SourceConfig) for source in sources):
+        return list(sources)
+    return None
+
+
+def _check_names(sources: Sequence[SourceConfig], split: str) -> None:
+    paths: dict[str, str] = {}
+    for source in sources:
+        name = source_name(source)
+        if name in paths:
+            raise ConfigError(
+                f"two sources of data.{split} are named {name!r}: {paths[name]} and {source.path}; "
+                "their rows would have the same example ids",
+                remedy="give one of them another `name`",
+            )
+        paths[name] = source.path
+
+
+class _Loading:
+    """The state of one `load_dataset`."""
+
+    def __init__(self, config: DataConfig, renderer: Renderer) -> None:
+        self._config = config
+        self._renderer = renderer
+        self._builder = _Builder()
+        self._files: list[FileReport] = []
+        self._shown: dict[str, list[str]] = {}
+        self._ids: dict[str, str] = {}  # example id -> where it was first seen
+        self._num_rows = 0
+
+    def read_source(self, source: SourceConfig, base_folder: Path) -> None:
+        columns = source.columns or self._config.columns
+        name = source_name(source)
+        used = ordinal = 0
+        for shown, path in source_files(source, base_folder=base_folder):
+            rows = read_file(path, shown=shown, name=name, columns=columns, ordinal=ordinal)
+            file = _FileInProgress(self, source=source, columns=columns, used_before=used)
+            for row in rows:
+                file.take(row)
+            report = file.report(path=shown, name=name, sha256=sha256_file(path))
+            self._files.append(report)
+            used += report.used
+            ordinal += report.rows_in
+
+    def read_memory(self, rows: Iterator[Row | Rejection], *, name: str) -> None:
+        source = SourceConfig(path=name, name=name)
+        file = _FileInProgress(self, source=source, columns=self._config.columns, used_before=0)
+        for row in rows:
+            file.take(row)
+        self._files.append(file.report(path=name, name=name, sha256=None))
+
+    def render(self, conversations: Sequence[Conversation], repeat: float) -> list[list[TokenizedExample] | Rejection]:
+        """Render, and keep what is good; one result a conversation."""
+        results = self._renderer.render(conversations)
+        for index, conversation in enumerate(conversations):
+            examples = results[index]
+            if isinstance(examples, Rejection):
+                continue
+            duplicate = self._register(conversation, examples)
+            if duplicate is not None:
+                results[index] = duplicate
+                continue
+            for example in examples:
+                self._builder.add(example, group=self._num_rows, repeat=repeat)
+            self._num_rows += 1
+        return results
+
+    def _register(self, conversation: Conversation, examples: list[TokenizedExample]) -> Rejection | None:
+        """Take the row's ids, its own and those of its parts; a rejection where one is taken already."""
+        ids = [conversation.example_id]
+        ids.extend(example.example_id for example in examples if example.example_id != conversation.example_id)
+        for example_id in ids:
+            if example_id in self._ids:
+                return Rejection(
+                    source=conversation.source,
+                    reason="duplicate id",
+                    detail=f"the id {shorten(example_id)} is also that of {self._ids[example_id]}; make ids unique, or map "
+                    "`columns: {id: ...}` to another column",
+                )
+        for example_id in ids:
+            self._ids[example_id] = conversation.source
+        return None
+
+    def show(self, rejection: Rejection) -> None:
+        shown = self._shown.setdefault(rejection.reason, [])
+        if len(shown) < _SHOWN_REJECTIONS:
+            shown.append(f"{rejection.source}: {rejection.detail}")
+
+    @property
+    def num_straddles(self) -> int:
+        return self._renderer.num_straddles
+
+    def finish(self, split: Literal["train", "eval"]) -> Dataset:
+        report = DataReport(files=self._files, rejections=self._shown)
+        if report.used == 0 or (report.rejected and self._config.on_bad_row == "stop"):
+            raise _rejected_rows(report, split)
+        dataset = Dataset.__new__(Dataset)
+        unknown = self._renderer.tokenizer.unk_token_id
+        # Where the unknown token is also the end token (GPT-2), nothing is ever unknown.
+        is_own = unknown is not None and unknown not in (
+            self._renderer.tokenizer.eos_token_id,
+            self._renderer.tokenizer.bos_token_id,
+        )
+        dataset._fill(self._builder, report, int(unknown) if is_own else None)
+        rows = np.unique(dataset.groups, return_index=True)[1]
+        if split == "train" and not copies_in_epoch(dataset.repeats[rows], np.zeros(len(rows), dtype=np.uint64)).any():
+            raise DataError(
+                f"an epoch would hold no row: {len(rows)} rows, of which `repeat` takes "
+                f"{float(dataset.repeats[rows].sum()):.3g}",
+                remedy="raise `repeat` of a source",
+            )
+        return dataset
+
+
+class _FileInProgress:
+    """Counts the rows of one file while they are read."""
+
+    def __init__(self, loading: _Loading, *, source: SourceConfig, columns: Columns | None, used_before: int) -> None:
+        self._loading = loading
+        self._source = source
+        self._columns = columns
+        self._room = None if source.limit is None else source.limit - used_before
+        self._pending: list[Conversation] = []
+        self._straddles_before = loading.num_straddles
+        self._rows_in = self._used = self._over_limit = 0
+        self._examples = self._tokens = self._gold_tokens = 0
+        self._rejected: dict[str, int] = {}
+
+    def take(self, row: Row | Rejection) -> None:
+        self._rows_in += 1
+        if self._room is not None and self._used + len(self._pending) >= self._room:
+            self._render()  # a pending row that is rejected makes room
+            if self._used >= self._room:
+                self._over_limit += 1
+                return
+        if isinstance(row, Rejection):
+            self._reject(row)
+            return
+        conversation = to_conversation(row, columns=self._columns, source_weight=self._source.weight)
+        if isinstance(conversation, Rejection):
+            self._reject(conversation)
+            return
+        self._pending.append(conversation)
+        if len(self._pending) >= _ROWS_AT_ONCE:
+            self._render()
+
+    def report(self, *, path: str, name: str, sha256: str | None) -> FileReport:
+        self._render()
+        return FileReport(
+            path=path,
+            name=name,
+            sha256=sha256,
+            rows_in=self._rows_in,
+            used=self._used,
+            rejected=self._rejected,
+            over_limit=self._over_limit,
+            examples=self._examples,
+            tokens=self._tokens,
+            gold_tokens=self._gold_tokens,
+            straddles=self._loading.num_straddles - self._straddles_before,
+        )
+
+    def _render(self) -> None:
+        kept: list[TokenizedExample] = []
+        for result in self._loading.render(self._pending, self._source.repeat):
+            if isinstance(result, Rejection):
+                self._reject(result)
+            else:
+                self._used += 1
+                kept.extend(result)
+        self._pending = []
+        if kept:
+            weights = np.concatenate([example.target_weights for example in kept])
+            self._examples += len(kept)
+            self._tokens += int(weights.shape[0])
+            self._gold_tokens += int(np.count_nonzero(weights))
+
+    def _reject(self, rejection: Rejection) -> None:
+        self._rejected[rejection.reason] = self._rejected.get(rejection.reason, 0) + 1
+        self._loading.show(rejection)
+
+
+def _rejected_rows(report: DataReport, split: str) -> DataError:
+    """Counts by reason, each with its first places."""
+    total = sum(report.rejected.values())
+    lines = [f"{total} of {report.rows_in} rows of data.{split} cannot be used"]
+    for reason, count in sorted(report.rejected.items(), key=lambda item: -item[1]):
+        lines.append(f"  {reason}: {count} row{'s' if count > 1 else ''}")
+        lines.extend(f"    {place}" for place in report.rejections.get(reason, []))
+        if count > _SHOWN_REJECTIONS:
+            lines.append(f"    ... and {count - _SHOWN_REJECTIONS} more")
+    if report.used == 0:
+        if report.rows_in == 0:
+            return DataError(f"data.{split} holds no row", remedy="give it rows")
+        return DataError(
+            "\n".join(lines) + "\n  No row is left.", remedy="mend the rows, or name their columns with `columns`"
+        )
+    return DataError("\n".join(lines), remedy="mend these rows, or leave them out with `data.on_bad_row: skip`")

@@ -1,0 +1,385 @@
+"""Attention over a pack: every segment attends causally to itself and to nothing else.
+
+Segments of like length go through one batched call, right-padded to the longest of their group: under a causal mask a padded
+key lies after every real query, so the padding needs no mask and cannot be seen. A pack of 128 short words therefore
+costs a few calls a layer and not 128, and a long segment stands in a group of its own, read in place.
+
+Registered with `transformers` as `goldsmith_packed`. No mask function is registered with it: for such a name
+`transformers` builds no mask, and the layout of the pack takes its place. It is set around the decoder's forward with
+`pack_layout`.
+
+On the CPU the flash kernel of PyTorch is called directly, forward and backward, float32 and float64. Other devices use
+`scaled_dot_product_attention` on the same groups. That path has never run on a GPU.
+
+Legend: N tokens of the pack, H heads, G segments of a group, L longest of the group, D width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from transformers import AttentionInterface
+
+from goldsmith.errors import ModelError
+
+__all__ = ["PACKED_ATTENTION", "PackLayout", "SegmentGroup", "group_segments", "pack_layout", "packed_attention"]
+
+PACKED_ATTENTION = "goldsmith_packed"
+
+# Cost of one more batched call, in the unit of one padded query-key pair, as measured on a CPU with 4 heads of width 32
+# (`benchmarks/attention_groups.py`): a call costs about as much as 3,500 pairs, a gathered token as much as 16.
+CALL_COST = 3500.0
+TOKEN_COST = 16.0
+
+# Queries a block where the sliding window is shorter than the segment.
+WINDOW_BLOCK = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentGroup:
+    """Segments that go through one batched call.
+
+    Attributes:
+        num_segments: G.
+        length: L, of the longest.
+        start: where its only segment starts in the pack, for G = 1; -1 where it is gathered.
+        token_GL: int64 [G * L], the token of each padded slot (padding repeats the segment's last token).
+        is_token_GL: bool [G * L], False for padding; None where there is none.
+    """
+
+    num_segments: int
+    length: int
+    start: int
+    token_GL: torch.Tensor
+    is_token_GL: torch.Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackLayout:
+    """How the segments of one pack are grouped.
+
+    Attributes:
+        num_tokens: N.
+        groups: longest segments first.
+        slot_N: int64 [N], where each token stands in the groups laid end to end.
+        masks: masks of sliding windows, filled as layers ask for them.
+    """
+
+    num_tokens: int
+    groups: tuple[SegmentGroup, ...]
+    slot_N: torch.Tensor
+    masks: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def plan(cls, segment_lengths: Sequence[int], device: torch.device | str = "cpu") -> PackLayout:
+        """The layout of segments of these lengths, in pack order."""
+        lengths = torch.as_tensor(segment_lengths, dtype=torch.int64)
+        num_tokens = int(lengths.sum())
+        starts = torch.cumsum(lengths, 0) - lengths
+        order = torch.argsort(lengths, descending=True, stable=True)
+        slot_N = torch.empty(num_tokens, dtype=torch.int64)
+        groups = []
+        first = offset = 0
+        for size in group_segments(lengths[order].tolist()):
+            members = order[first : first + size]
+            longest = int(lengths[members[0]])
+            columns = torch.arange(longest)
+            own = torch.minimum(columns[None, :], lengths[members][:, None] - 1)
+            tokens_GL = starts[members][:, None] + own
+            is_token = columns[None, :] < lengths[members][:, None]
+            slots = torch.arange(offset, offset + size * longest).view(size, longest)
+            slot_N[tokens_GL[is_token]] = slots[is_token]
+            groups.append(
+                SegmentGroup(
+                    num_segments=size,
+                    length=longest,
+                    start=int(starts[members[0]]) if size == 1 else -1,
+                    token_GL=tokens_GL.flatten().to(device),
+                    is_token_GL=None if bool(is_token.all()) else is_token.flatten().to(device),
+                )
+            )
+            first += size
+            offset += size * longest
+        return cls(num_tokens=num_tokens, groups=tuple(groups), slot_N=slot_N.to(device))
+
+    def window_mask(self, queries: int, keys: int, window: int, like: torch.Tensor) -> torch.Tensor:
+        """Additive [queries, keys]: the last query sees the last key, each sees `window` keys up to itself."""
+        key = (queries, keys, window)
+        if key not in self.masks:
+            distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)[None, :]
+            mask = torch.zeros(queries, keys, dtype=like.dtype)
+            mask.masked_fill_((distance < 0) | (distance >= window), float("-inf"))
+            self.masks[key] = mask.to(like.device)
+        return self.masks[key]
+
+
+def group_segments(lengths: Sequence[int]) -> list[int]:
+    """Cut segment lengths, sorted descending, into groups of least cost; returns the size of each group.
+
+    A group of G segments costs `CALL_COST + G * L * (L / 2 + TOKEN_COST)` (a group of one is not gathered). Exact, by
+    dynamic programming over the distinct lengths.
+    """
+    distinct: list[tuple[int, int]] = []  # (length, how many)
+    for length in lengths:
+        if distinct and distinct[-1][0] == length:
+            distinct[-1] = (length, distinct[-1][1] + 1)
+        else:
+            distinct.append((length, 1))
+    best = [0.0]
+    cut_before = [0]
+    counts = [0]
+    for _, count in distinct:
+        counts.append(counts[-1] + count)
+    for end in range(1, len(distinct) + 1):
+        costs = []
+        for start in range(end):
+            size, longest = counts[end] - counts[start], distinct[start][0]
+            gathered = TOKEN_COST if size > 1 else 0.0
+            costs.append(best[start] + CALL_COST + size * longest * (longest / 2 + gathered))
+        cheapest = min(range(end), key=costs.__getitem__)
+        best.append(costs[cheapest])
+        cut_before.append(cheapest)
+    sizes = []
+    end = len(distinct)
+    while end > 0:
+        sizes.append(counts[end] - counts[cut_before[end]])
+        end = cut_before[end]
+    return sizes[::-1]
+
+
+_layout: ContextVar[PackLayout | None] = ContextVar("goldsmith_pack_layout", default=None)
+
+
+@contextmanager
+def pack_layout(layout: PackLayout) -> Iterator[None]:
+    """While this is open, `packed_attention` works on a pack of this layout."""
+    token = _layout.set(layout)
+    try:
+        yield
+    finally:
+        _layout.reset(token)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function that `transformers` layers call.
+
+    Args:
+        query: [1, H, N, D]; key and value may have fewer heads, each shared by H / heads queries.
+
+    Returns:
+        [1, N, H, D], and no attention weights.
+
+    Raises:
+        ModelError: the layer asks for something that this attention does not do (attention sinks, an own mask,
+            attention in both directions).
+    """
+    layout = _layout.get()
+    name = type(module).__name__
+    if layout is None or layout.num_tokens != query.shape[2] or query.shape[0] != 1:
+        raise RuntimeError(f"{name}: packed attention outside of a pack of its size; use LikelihoodModel")
+    if others.get("s_aux") is not None:
+        raise ModelError(f"{name} uses attention sinks, which packed attention does not compute")
+    if attention_mask is not None:
+        raise ModelError(f"{name} builds an attention mask of its own, which packed attention does not apply")
+    if is_causal is False or not getattr(module, "is_causal", True):
+        raise ModelError(f"{name} attends in both directions; goldsmith trains causal language models")
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+
+    # The flash kernel wants values as wide as keys; latent attention (DeepSeek-V3) has narrower ones.
+    if softcap is None and dropout == 0.0 and _is_cpu(query) and query.shape[-1] == value.shape[-1]:
+        apply: Callable[..., torch.Tensor] = _PackedFlashCPU.apply
+        return apply(query, key, value, layout, scale, sliding_window), None
+    padded = [_gather_groups(tensor, layout) for tensor in (query, key, value)]
+    outputs = []
+    for group, group_query, group_key, group_value in zip(layout.groups, *padded, strict=True):
+        if softcap is not None:
+            attended = _soft_capped(
+                group_query, group_key, group_value, layout, scale, sliding_window, softcap, dropout
+            )
+        else:
+            mask = None
+            if sliding_window is not None and group.length > sliding_window:
+                mask = layout.window_mask(group.length, group.length, sliding_window, group_query)
+            attended = functional.scaled_dot_product_attention(
+                group_query,
+                group_key,
+                group_value,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=scale,
+                enable_gqa=group_query.shape[1] != group_key.shape[1],
+            )
+        outputs.append(attended.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[layout.slot_N][None], None
+
+
+def _is_cpu(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _soft_capped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: PackLayout,
+    scale: float,
+    window: int | None,
+    soft_cap: float,
+    dropout: float,
+) -> torch.Tensor:
+    """Plain attention with bounded scores, `cap * tanh(scores / cap)` (Gemma 2); [G, H, L, D] in and out."""
+    length, repeats = query.shape[2], query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    scores = soft_cap * torch.tanh(query @ key.transpose(2, 3) * (scale / soft_cap))
+    scores = scores + layout.window_mask(length, length, window or length, scores)
+    sum_dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    probabilities = torch.softmax(scores, dim=-1, dtype=sum_dtype).to(value.dtype)
+    return functional.dropout(probabilities, dropout) @ value
+
+
+def _gather_groups(tensor: torch.Tensor, layout: PackLayout) -> list[torch.Tensor]:
+    """[1, H, N, D] -> a [G, H, L, D] view or copy for each group."""
+    heads, width = tensor.shape[1], tensor.shape[3]
+    rows_NHD = tensor[0].transpose(0, 1)
+    padded = []
+    for group in layout.groups:
+        is_alone = group.start >= 0
+        own = slice(group.start, group.start + group.length)
+        rows = rows_NHD[own] if is_alone else rows_NHD.index_select(0, group.token_GL)
+        padded.append(rows.view(group.num_segments, group.length, heads, width).transpose(1, 2))
+    return padded
+
+
+Call = tuple[slice, slice, torch.Tensor | None]  # queries, keys, mask (None: causal over the same positions)
+
+
+def _calls(group: SegmentGroup, layout: PackLayout, window: int | None, like: torch.Tensor) -> list[Call]:
+    """The kernel calls of a group: one, or one a block of queries where a sliding window leaves most keys out."""
+    if window is None or group.length <= window:
+        everything = slice(0, group.length)
+        return [(everything, everything, None)]
+    calls: list[Call] = []
+    for start in range(0, group.length, WINDOW_BLOCK):
+        end = min(start + WINDOW_BLOCK, group.length)
+        first_key = max(0, start - window + 1)
+        mask = layout.window_mask(end - start, end - first_key, window, like)
+        calls.append((slice(start, end), slice(first_key, end), mask))
+    return calls
+
+
+_flash: Callable[..., tuple[torch.Tensor, torch.Tensor]] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+)
+
+
+class _PackedFlashCPU(torch.autograd.Function):
+    """PyTorch's CPU flash kernel over the groups of a pack. Only the unpadded tensors are kept for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layout: PackLayout,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        heads, width = query.shape[1], value.shape[3]
+        out_NHD = query.new_empty(layout.num_tokens, heads, width)
+        saved_outputs: list[torch.Tensor] = []
+        groups = zip(layout.groups, *(_gather_groups(tensor, layout) for tensor in (query, key, value)), strict=True)
+        for group, group_query, group_key, group_value in groups:
+            blocks = []
+            for queries, keys, mask in _calls(group, layout, window, query):
+                out, log_normalizer = _flash(
+                    group_query[:, :, queries],
+                    group_key[:, :, keys],
+                    group_value[:, :, keys],
+                    0.0,
+                    mask is None,
+                    attn_mask=mask,
+                    scale=scale,
+                )
+                blocks.append(out)
+                saved_outputs += [out, log_normalizer]
+            rows = (blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)).transpose(1, 2).flatten(0, 1)
+            if group.start >= 0:
+                out_NHD[group.start : group.start + group.length] = rows
+            elif group.is_token_GL is None:
+                out_NHD[group.token_GL] = rows
+            else:
+                out_NHD[group.token_GL[group.is_token_GL]] = rows[group.is_token_GL]
+        ctx.save_for_backward(query, key, value, *saved_outputs)
+        ctx.layout, ctx.scale, ctx.window = layout, scale, window
+        return out_NHD[None]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
+        query, key, value, *saved_outputs = ctx.saved_tensors
+        layout: PackLayout = ctx.layout
+        gradients = [torch.empty_like(tensor[0].transpose(0, 1)) for tensor in (query, key, value)]
+        groups = zip(
+            layout.groups,
+            *(_gather_groups(tensor, layout) for tensor in (query, key, value, grad_out.transpose(1, 2))),
+            strict=True,
+        )
+        saved = iter(saved_outputs)
+        for group, group_query, group_key, group_value, group_grad in groups:
+            if group.is_token_GL is not None:
+                # A padded slot repeats a token, and must not repeat its gradient.
+                group_grad = group_grad * group.is_token_GL.view(group.num_segments, 1, group.length, 1)
+            calls = _calls(group, layout, ctx.window, query)
+            sums = [torch.zeros_like(t) for t in (group_query, group_key, group_value)] if len(calls) > 1 else []
+            parts: tuple[torch.Tensor, ...] = ()
+            for queries, keys, mask in calls:
+                parts = _flash_backward(
+                    group_grad[:, :, queries],
+                    group_query[:, :, queries],
+                    group_key[:, :, keys],
+                    group_value[:, :, keys],
+                    next(saved),
+                    next(saved),
+                    0.0,
+                    mask is None,
+                    attn_mask=mask,
+                    scale=ctx.scale,
+                )
+                for total, part, where in zip(sums, parts, (queries, keys, keys), strict=False):
+                    total[:, :, where] += part
+            for gradient_NHD, padded in zip(gradients, sums or parts, strict=True):
+                rows = padded.transpose(1, 2).flatten(0, 1)
+                if group.start >= 0:
+                    gradient_NHD[group.start : group.start + group.length] = rows
+                elif group.is_token_GL is None:
+                    gradient_NHD[group.token_GL] = rows
+                else:
+                    gradient_NHD[group.token_GL[group.is_token_GL]] = rows[group.is_token_GL]
+        return (*(gradient.transpose(0, 1)[None] for gradient in gradients), None, None, None)
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)

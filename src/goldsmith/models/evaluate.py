@@ -1,0 +1,188 @@
+"""log P of the gold of a data set, example by example: what training's evaluation and scoring both read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from goldsmith.data.loader import Dataset
+from goldsmith.data.packing import pack
+from goldsmith.errors import NumericalError
+from goldsmith.models.likelihood import LikelihoodModel
+
+__all__ = ["LikelihoodSums", "iterate_log_probs", "sum_log_likelihood"]
+
+# Examples are sorted by length within a window, so that a pack holds like lengths. A window ends at either limit: so
+# many examples, or so many packs' worth of tokens, after which its first result is due.
+_WINDOW_EXAMPLES = 4096
+_WINDOW_PACKS = 32
+
+# In float32 a log-softmax may round to a little above 0; what lies further above is an error and not rounding.
+_ROUNDING = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LikelihoodSums:
+    """Sums over examples; sums of disjoint sets of examples add up, and each figure is one division of two of them.
+
+    Attributes:
+        weighted_nll: sum_i u_i nll(i), nats.
+        weight_sum: sum_i u_i W(i).
+        example_nll: sum_i u_i nll(i) / W(i), nats.
+        example_weight_sum: sum_i u_i.
+        log_prob: the unweighted log P of all gold tokens, nats.
+        num_examples, num_target_tokens: counts.
+    """
+
+    weighted_nll: float = 0.0
+    weight_sum: float = 0.0
+    example_nll: float = 0.0
+    example_weight_sum: float = 0.0
+    log_prob: float = 0.0
+    num_examples: int = 0
+    num_target_tokens: int = 0
+
+    @property
+    def nll(self) -> float:
+        """Nats a token, weighted: the evaluation nll. NaN over no examples."""
+        return self.weighted_nll / self.weight_sum if self.weight_sum else float("nan")
+
+    @property
+    def nll_per_example(self) -> float:
+        """The weighted mean over examples of nll(i) / W(i), nats. NaN over no examples."""
+        return self.example_nll / self.example_weight_sum if self.example_weight_sum else float("nan")
+
+
+def iterate_log_probs(
+    model: LikelihoodModel,
+    dataset: Dataset,
+    *,
+    tokens_per_microbatch: int,
+    device: torch.device | str | None = None,
+    indices: Sequence[int] | None = None,
+) -> Iterator[tuple[int, npt.NDArray[np.float64]]]:
+    """The log-probability of each gold token, example by example, in data-set order.
+
+    How the examples are packed changes a value by rounding only. The model computes without dropout and without
+    gradients, in its own precision or that of a surrounding `torch.autocast`; its training mode is as before whenever
+    this generator has handed over.
+
+    Args:
+        model: on its device.
+        dataset: the gold.
+        tokens_per_microbatch: at most so many tokens a pack; an example that is longer is a pack by itself.
+        device: where packs are sent; the model's own by default.
+        indices: these examples only, in this order (a rank's share); all by default.
+
+    Yields:
+        (index of the example in the data set, float64 [its gold tokens], nats, <= 0).
+
+    Raises:
+        NumericalError: a log-probability is not finite or is above 0; it names the example.
+    """
+    if tokens_per_microbatch < 1:
+        raise ValueError(f"tokens_per_microbatch must be at least 1, not {tokens_per_microbatch}")
+    target = model.device if device is None else device
+    chosen = np.arange(len(dataset)) if indices is None else np.asarray(indices, dtype=np.int64)
+    lengths = np.asarray(dataset.lengths, dtype=np.int64)[chosen]
+    start = 0
+    while start < len(chosen):
+        end = _window_end(lengths, start, tokens_per_microbatch)
+        log_probs: dict[int, npt.NDArray[np.float64]] = {}  # keyed by place: `indices` may name an example twice
+        for places in _packs(lengths, start, end, tokens_per_microbatch):
+            batch = pack(dataset, chosen[places])
+            with _evaluating(model):
+                values = model(batch.to(target)).log_probs_K.double().cpu().numpy()
+            ends = np.cumsum(np.bincount(batch.target_example.cpu().numpy(), minlength=len(places)))
+            for place, own in zip(places, np.split(values, ends[:-1]), strict=True):
+                log_probs[place] = _checked(own, dataset, int(chosen[place]))
+        for place in range(start, end):
+            yield int(chosen[place]), log_probs.pop(place)
+        start = end
+
+
+def sum_log_likelihood(
+    model: LikelihoodModel,
+    dataset: Dataset,
+    *,
+    tokens_per_microbatch: int,
+    device: torch.device | str | None = None,
+    indices: Sequence[int] | None = None,
+) -> LikelihoodSums:
+    """The sums of an evaluation, in float64; arguments and errors as in `iterate_log_probs`."""
+    weighted_nll = weight_sum = example_nll = example_weight_sum = log_prob = 0.0
+    num_examples = num_target_tokens = 0
+    for index, log_probs in iterate_log_probs(
+        model, dataset, tokens_per_microbatch=tokens_per_microbatch, device=device, indices=indices
+    ):
+        example = dataset[index]
+        token_weights = example.target_weights[example.target_weights > 0].astype(np.float64)
+        nll, own_weight_sum = -float(np.dot(token_weights, log_probs)), float(token_weights.sum())
+        weighted_nll += example.example_weight * nll
+        weight_sum += example.example_weight * own_weight_sum
+        example_nll += example.example_weight * nll / own_weight_sum
+        example_weight_sum += example.example_weight
+        log_prob += float(log_probs.sum())
+        num_examples += 1
+        num_target_tokens += len(log_probs)
+    return LikelihoodSums(
+        weighted_nll=weighted_nll,
+        weight_sum=weight_sum,
+        example_nll=example_nll,
+        example_weight_sum=example_weight_sum,
+        log_prob=log_prob,
+        num_examples=num_examples,
+        num_target_tokens=num_target_tokens,
+    )
+
+
+def _window_end(lengths: npt.NDArray[np.int64], start: int, tokens_per_microbatch: int) -> int:
+    """Where the window that begins at `start` ends: after at least one example."""
+    within = np.cumsum(lengths[start : start + _WINDOW_EXAMPLES])
+    return start + max(1, int(np.searchsorted(within, _WINDOW_PACKS * tokens_per_microbatch, side="right")))
+
+
+def _packs(lengths: npt.NDArray[np.int64], start: int, end: int, max_tokens: int) -> Iterator[list[int]]:
+    """The places of a window, longest first, cut where the next would exceed the budget."""
+    places: list[int] = []
+    num_tokens = 0
+    for place in (start + np.argsort(-lengths[start:end], kind="stable")).tolist():
+        length = int(lengths[place])
+        if places and num_tokens + length > max_tokens:
+            yield places
+            places, num_tokens = [], 0
+        places.append(place)
+        num_tokens += length
+    if places:
+        yield places
+
+
+@contextmanager
+def _evaluating(model: LikelihoodModel) -> Iterator[None]:
+    """Dropout off and no gradients; each module returns to the mode it had."""
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in was_training:
+            module.training = True
+
+
+def _checked(values: npt.NDArray[np.float64], dataset: Dataset, index: int) -> npt.NDArray[np.float64]:
+    wrong = np.flatnonzero(~np.isfinite(values) | (values > _ROUNDING))
+    if len(wrong):
+        example = dataset[index]
+        token_id = int(example.token_ids[example.target_weights > 0][wrong[0]])
+        raise NumericalError(
+            f"example {example.example_id!r} ({example.source}): log P of gold token {int(wrong[0]) + 1} of "
+            f"{len(values)} (id {token_id}) is {values[wrong[0]]}",
+            remedy="compute in float32, and look at the model's weights and at this example",
+        )
+    return np.minimum(values, 0.0)

@@ -1,0 +1,89 @@
+"""The one forward path of training, evaluation, scoring and verifying: from a pack of examples to sums."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from goldsmith.errors import ModelError
+from goldsmith.models.attention import PACKED_ATTENTION, PackLayout, pack_layout
+from goldsmith.objective.cross_entropy import ObjectiveSums, OutputHead
+from goldsmith.objective.linear_cross_entropy import linear_cross_entropy
+from goldsmith.types import PackedBatch
+
+__all__ = ["LikelihoodModel"]
+
+
+class LikelihoodModel(nn.Module):
+    """A causal language model as a function from gold to its log-likelihood.
+
+    Hidden states come from the decoder over the whole pack; the output projection is applied to gold positions only,
+    a chunk of logits at a time.
+
+    Args:
+        causal_lm: a `transformers` causal LM of the attention kind; its attention is set to packed.
+        chunk_size: gold tokens a chunk of logits; None chooses 64 MiB of them.
+        label_smoothing: of the loss; the log-probabilities are never smoothed.
+    """
+
+    def __init__(
+        self, causal_lm: PreTrainedModel, *, chunk_size: int | None = None, label_smoothing: float = 0.0
+    ) -> None:
+        super().__init__()
+        if causal_lm.get_output_embeddings() is None:
+            raise ModelError(f"{type(causal_lm).__name__} has no output embedding: it is not a causal language model")
+        self.causal_lm = causal_lm
+        self.chunk_size = chunk_size
+        self.label_smoothing = label_smoothing
+        self.use_packed_attention()
+
+    def use_packed_attention(self) -> None:
+        """Set the model's attention to packed, as it must be for `forward`."""
+        self.causal_lm.set_attn_implementation(PACKED_ATTENTION)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.causal_lm.parameters()).device
+
+    def head(self) -> OutputHead:
+        """The output projection as the model's configuration has it; the proof compares it with the model's own logits."""
+        embedding = self.causal_lm.get_output_embeddings()
+        config = self.causal_lm.config.get_text_config()
+        logit_scale = float(getattr(config, "logit_scale", None) or 1.0)
+        logit_scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        return OutputHead(
+            weight_VD=embedding.weight,
+            bias_V=getattr(embedding, "bias", None),
+            logit_scale=logit_scale,
+            soft_cap=getattr(config, "final_logit_softcapping", None),
+        )
+
+    def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
+        """[N, D]: the decoder's last hidden states over the whole pack."""
+        if bool((batch.segment_parents >= 0).any()):
+            raise RuntimeError("segments with a parent (shared context) are not computed by this version")
+        layout = PackLayout.plan(batch.segment_lengths.tolist(), device=batch.input_ids.device)
+        with pack_layout(layout):
+            decoder = self.causal_lm.get_decoder()
+            output = decoder(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False)
+        hidden: torch.Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def forward(self, batch: PackedBatch, coefficients_K: torch.Tensor | None = None) -> ObjectiveSums:
+        """Sums over the gold of a pack.
+
+        Args:
+            batch: on the model's device.
+            coefficients_K: the factor of each gold token's loss; `batch.target_weights` by default.
+        """
+        hidden_KD = self.hidden_states(batch).index_select(0, batch.target_positions)
+        weights_K = batch.target_weights if coefficients_K is None else coefficients_K
+        return linear_cross_entropy(
+            hidden_KD,
+            self.head(),
+            batch.target_ids,
+            weights_K,
+            label_smoothing=self.label_smoothing,
+            chunk_size=self.chunk_size,
+        )

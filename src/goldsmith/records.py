@@ -1,0 +1,187 @@
+"""The schema of every file that a run writes: rooms meet in these, and in nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+__all__ = [
+    "MEASURED_FIELDS",
+    "DataReport",
+    "EvaluationRecord",
+    "ExampleRecord",
+    "FileReport",
+    "StepRecord",
+    "TrainingState",
+]
+
+# Fields of metrics.jsonl that are measured on the machine; every other field is the same after a resume, to the bit.
+MEASURED_FIELDS = ("seconds", "tokens_per_second", "peak_memory_bytes")
+
+
+class _Record:
+    def to_json(self) -> dict[str, Any]:
+        """A mapping that `json.dumps` takes."""
+        return asdict(self)  # type: ignore[call-overload,no-any-return]
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`; keys that this version does not know are an error."""
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord(_Record):
+    """One optimizer update, a line of `metrics.jsonl` with `kind` = `step`.
+
+    Attributes:
+        step: 1 for the first update.
+        epoch: 0 for the first pass over the data.
+        nll: weighted nll of the step's gold divided by its weight, in nats a token, whatever the normalisation.
+        loss: what was differentiated (normalisation and label smoothing included).
+        grad_norm: of all gradients together, before clipping.
+        update_to_weight: per layer group, norm of the update / norm of the weights.
+        seconds, tokens_per_second, peak_memory_bytes: measured.
+    """
+
+    step: int
+    epoch: int
+    examples: int
+    tokens: int
+    gold_tokens: int
+    microbatches: int
+    nll: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    update_to_weight: dict[str, float]
+    seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+    kind: str = "step"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecord(_Record):
+    """An evaluation over the whole held-out set, a line of `metrics.jsonl` with `kind` = `evaluation`.
+
+    Attributes:
+        step: updates before it; 0 is the model as it came.
+        nll: weighted nll of the set divided by its weight sum, one division, in nats a token.
+        is_best: the lowest nll so far.
+    """
+
+    step: int
+    epoch: int
+    examples: int
+    gold_tokens: int
+    nll: float
+    nll_per_example: float
+    is_best: bool
+    seconds: float
+    tokens_per_second: float
+    kind: str = "evaluation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleRecord(_Record):
+    """One example of one step, a line of `examples.jsonl`; its nll is that of the weights before the update.
+
+    Attributes:
+        nll: unweighted sum over its gold tokens (weight > 0), nats.
+    """
+
+    step: int
+    epoch: int
+    example_id: str
+    source: str
+    nll: float
+    gold_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileReport(_Record):
+    """What became of the rows of one file: `rows_in == used + sum(rejected.values()) + over_limit`."""
+
+    path: str
+    name: str
+    sha256: str | None
+    rows_in: int
+    used: int
+    rejected: dict[str, int]
+    over_limit: int
+    examples: int
+    tokens: int
+    gold_tokens: int
+    straddles: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataReport(_Record):
+    """`data.json`: every file of a split, and the first rejections of each reason with their places."""
+
+    files: list[FileReport] = field(default_factory=list)
+    rejections: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def rows_in(self) -> int:
+        return sum(file.rows_in for file in self.files)
+
+    @property
+    def used(self) -> int:
+        return sum(file.used for file in self.files)
+
+    @property
+    def rejected(self) -> dict[str, int]:
+        """Rejections by reason, over all files."""
+        total: dict[str, int] = {}
+        for file in self.files:
+            for reason, count in file.rejected.items():
+                total[reason] = total.get(reason, 0) + count
+        return total
+
+    @property
+    def tokens(self) -> int:
+        return sum(file.tokens for file in self.files)
+
+    @property
+    def gold_tokens(self) -> int:
+        return sum(file.gold_tokens for file in self.files)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState(_Record):
+    """`state.json` of a checkpoint: the position and what the loop carries besides weights and moments.
+
+    Attributes:
+        step: updates done.
+        best_step, best_nll: of the best evaluation so far, or None.
+        evaluations_without_improvement: for early stopping.
+        stopped_early: early stopping ended the run here.
+        metrics_offset, examples_offset: bytes of the two files at this point.
+        elapsed_seconds: time spent in all runs so far.
+    """
+
+    step: int
+    best_step: int | None
+    best_nll: float | None
+    evaluations_without_improvement: int
+    stopped_early: bool
+    metrics_offset: int
+    examples_offset: int
+    elapsed_seconds: float
+
+    @classmethod
+    def initial(cls) -> TrainingState:
+        """Before anything was done."""
+        return cls(
+            step=0,
+            best_step=None,
+            best_nll=None,
+            evaluations_without_improvement=0,
+            stopped_early=False,
+            metrics_offset=0,
+            examples_offset=0,
+            elapsed_seconds=0.0,
+        )

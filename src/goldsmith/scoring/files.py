@@ -1,0 +1,258 @@
+"""Score files: JSON Lines, one example a line, written by `goldsmith score` or by any other tool.
+
+    {"example_id", "source", "log_prob", "num_target_tokens", "num_bytes",
+     "tokens": [{"token_id", "text", "log_prob", "weight"}]}
+
+A file needs no more than `example_id` and `log_prob`, or `example_id` and `tokens[].log_prob`. What it leaves out is
+read as unknown: a count of 0, an empty `source` or `text`, a `token_id` of -1. Gold has at least one token and one
+byte, so a count of 0 can mean nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from goldsmith.errors import DataError, MachineError
+from goldsmith.types import TokenScore, TokenScores
+
+__all__ = ["read_scores", "row_of", "score_from_json", "score_to_json", "write_scores"]
+
+# A log-probability that rounding has lifted above 0 by no more than this is read as 0.
+_ROUNDING = 1e-6
+# `log_prob` and the sum of its tokens may differ by this much, relative to the larger (a file in single precision).
+_SUM_TOLERANCE = 1e-3
+_PART_OF_A_ROW = re.compile(r"[@#]\d+$")
+_REMEDY = "a score row needs `example_id` and `log_prob` in nats (<= 0), or `example_id` and `tokens[].log_prob`"
+
+
+def score_to_json(scores: TokenScores) -> dict[str, object]:
+    """The row of a score file; unknown fields are left out."""
+    row: dict[str, object] = {"example_id": scores.example_id}
+    if scores.source:
+        row["source"] = scores.source
+    row["log_prob"] = scores.log_prob
+    if scores.num_target_tokens:
+        row["num_target_tokens"] = scores.num_target_tokens
+    if scores.num_bytes:
+        row["num_bytes"] = scores.num_bytes
+    if scores.tokens is not None:
+        row["tokens"] = [
+            {"token_id": token.token_id, "text": token.text, "log_prob": token.log_prob, "weight": token.weight}
+            for token in scores.tokens
+        ]
+    return row
+
+
+def score_from_json(row: object, *, place: str) -> TokenScores:
+    """One row of a score file.
+
+    Args:
+        row: what the JSON of the line gave.
+        place: `file:line`, for the message.
+
+    Raises:
+        DataError: naming the place, the field and the value: not an object, a field missing or of another type, a
+            log-probability that is not finite or above 0, or tokens that disagree with `log_prob`.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(f"{place}: a JSON object was expected, not {_shown(row)}", remedy=_REMEDY)
+    example_id = row.get("example_id")
+    if isinstance(example_id, int) and not isinstance(example_id, bool):
+        example_id = str(example_id)
+    if not isinstance(example_id, str):
+        seen = (
+            f"is {_shown(example_id)}" if "example_id" in row else f"is missing; the fields are {sorted(map(str, row))}"
+        )
+        raise DataError(f"{place}: `example_id` {seen}", remedy=_REMEDY)
+
+    tokens = None if row.get("tokens") is None else _tokens(row["tokens"], place=place)
+    if row.get("log_prob") is not None:
+        log_prob = _log_prob(row["log_prob"], place=place, name="log_prob")
+    elif tokens:
+        log_prob = math.fsum(token.log_prob for token in tokens)
+    else:
+        fields = sorted(map(str, row))
+        raise DataError(
+            f"{place}: `log_prob` is missing and there are no `tokens`; the fields are {fields}", remedy=_REMEDY
+        )
+    num_target_tokens = _count(row.get("num_target_tokens"), place=place, name="num_target_tokens")
+    if tokens is not None:
+        total = math.fsum(token.log_prob for token in tokens)
+        if abs(total - log_prob) > _SUM_TOLERANCE * max(1.0, abs(total), abs(log_prob)):
+            raise DataError(
+                f"{place}: `log_prob` is {log_prob} but its {len(tokens)} gold tokens sum to {total}",
+                remedy="`log_prob` is the sum over gold tokens (weight > 0), not a mean; `tokens` lists all of them",
+            )
+        if num_target_tokens not in (0, len(tokens)):
+            raise DataError(
+                f"{place}: `num_target_tokens` is {num_target_tokens} but {len(tokens)} gold tokens are listed",
+                remedy="`tokens` lists every gold token (weight > 0), the end token among them",
+            )
+        num_target_tokens = len(tokens)
+    source = row.get("source")
+    if source is not None and not isinstance(source, str):
+        raise DataError(f"{place}: `source` is {_shown(source)}, not text")
+    return TokenScores(
+        example_id=example_id,
+        source=source or "",
+        log_prob=log_prob,
+        num_target_tokens=num_target_tokens,
+        num_bytes=_count(row.get("num_bytes"), place=place, name="num_bytes"),
+        tokens=tokens,
+    )
+
+
+def read_scores(path: str | Path) -> list[TokenScores]:
+    """The rows of a score file, in its order; blank lines are passed over.
+
+    Raises:
+        DataError: no such file, no rows, or a row that is wrong: invalid JSON, a field that `score_from_json` refuses,
+            or an example id that an earlier line has; each names file, line, field and value.
+    """
+    file = Path(path)
+    scores: list[TokenScores] = []
+    line_of_id: dict[str, int] = {}
+    try:
+        lines = file.open("rb")
+    except OSError as error:
+        raise DataError(f"{path}: the score file cannot be read: {error.strerror}") from error
+    with lines:
+        for number, raw in enumerate(lines, start=1):
+            place = f"{path}:{number}"
+            if not raw.strip():
+                continue
+            try:
+                row = json.loads(_decoded(raw, is_first=number == 1))
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{place}: not UTF-8 (byte {error.start}: {raw[error.start : error.start + 4]!r})"
+                ) from error
+            except json.JSONDecodeError as error:
+                shown = _shown(_decoded(raw, is_first=number == 1).rstrip("\n"))
+                raise DataError(
+                    f"{place}: invalid JSON: {error.msg} at column {error.colno}: {shown}",
+                    remedy="a score file is JSON Lines: one object a line",
+                ) from error
+            score = score_from_json(row, place=place)
+            if score.example_id in line_of_id:
+                raise DataError(
+                    f"{place}: `example_id` {score.example_id!r} was already on line {line_of_id[score.example_id]}",
+                    remedy="score each example once; give the rows of the data distinct `id`s",
+                )
+            line_of_id[score.example_id] = number
+            scores.append(score)
+    if not scores:
+        raise DataError(f"{path}: the score file has no rows", remedy=_REMEDY)
+    return scores
+
+
+def write_scores(path: str | Path, scores: Iterable[TokenScores]) -> Iterator[TokenScores]:
+    """Write a score file as its rows come, and pass each on.
+
+    The rows go to `PATH.partial`, which takes the place of `path` when the last has been written, so that a file of
+    that name is whole. No row is kept in memory.
+
+    Raises:
+        MachineError: the file cannot be written (disk full, no such folder, no permission).
+    """
+    file = Path(path)
+    partial = file.with_name(file.name + ".partial")
+    with _naming_the_file(path):
+        lines = partial.open("wb")
+    try:
+        for score in scores:
+            line = json.dumps(score_to_json(score), ensure_ascii=False, allow_nan=False) + "\n"
+            with _naming_the_file(path):
+                lines.write(line.encode("utf-8", "surrogatepass"))
+            yield score
+        with _naming_the_file(path):
+            lines.flush()
+            os.fsync(lines.fileno())
+            os.replace(partial, file)
+    finally:
+        with suppress(OSError):  # a full disk has been reported by then
+            lines.close()
+
+
+@contextmanager
+def _naming_the_file(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MachineError(f"{path}: the score file cannot be written: {error.strerror}") from error
+
+
+def row_of(scores: TokenScores) -> tuple[str, str]:
+    """What the examples of one row have in common: its source, and the id without `#part` or `@turn`.
+
+    They are not independent, and are resampled together. Where no source is known each example stands for itself.
+    """
+    return scores.source, _PART_OF_A_ROW.sub("", scores.example_id) if scores.source else scores.example_id
+
+
+def _decoded(raw: bytes, *, is_first: bool) -> str:
+    # An id may hold half a surrogate pair, which JSON can escape but UTF-8 proper cannot write.
+    return raw.removeprefix(b"\xef\xbb\xbf" if is_first else b"").decode("utf-8", "surrogatepass")
+
+
+def _tokens(value: object, *, place: str) -> tuple[TokenScore, ...]:
+    """The gold tokens (weight > 0) of a row."""
+    if not isinstance(value, list):
+        raise DataError(f"{place}: `tokens` is {_shown(value)}, not a list", remedy=_REMEDY)
+    tokens = []
+    for index, item in enumerate(value):
+        name = f"tokens[{index}]"
+        if not isinstance(item, Mapping):
+            raise DataError(f"{place}: `{name}` is {_shown(item)}, not an object", remedy=_REMEDY)
+        weight = item.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise DataError(f"{place}: `{name}.weight` is {_shown(weight)}, not a number >= 0")
+        if weight == 0:
+            continue
+        if "log_prob" not in item:
+            raise DataError(f"{place}: `{name}.log_prob` is missing", remedy=_REMEDY)
+        token_id, text = item.get("token_id", -1), item.get("text", "")
+        if isinstance(token_id, bool) or not isinstance(token_id, int):
+            raise DataError(f"{place}: `{name}.token_id` is {_shown(token_id)}, not a whole number")
+        if not isinstance(text, str):
+            raise DataError(f"{place}: `{name}.text` is {_shown(text)}, not text")
+        log_prob = _log_prob(item["log_prob"], place=place, name=f"{name}.log_prob")
+        tokens.append(TokenScore(token_id=token_id, text=text, log_prob=log_prob, weight=float(weight)))
+    if not tokens:
+        raise DataError(f"{place}: `tokens` lists no gold token (weight > 0)", remedy=_REMEDY)
+    return tuple(tokens)
+
+
+def _log_prob(value: object, *, place: str, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DataError(f"{place}: `{name}` is {_shown(value)}, not a number", remedy=_REMEDY)
+    if not math.isfinite(value):
+        raise DataError(
+            f"{place}: `{name}` is {value}; a log-probability must be finite",
+            remedy="look at this example under the model that scored it: neither a probability of 0 nor NaN compares",
+        )
+    if value > _ROUNDING:
+        raise DataError(
+            f"{place}: `{name}` is {value}, above 0: the logarithm of a probability never is",
+            remedy="write natural log-probabilities, not probabilities and not the negated nll",
+        )
+    return min(float(value), 0.0)
+
+
+def _count(value: object, *, place: str, name: str) -> int:
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise DataError(f"{place}: `{name}` is {_shown(value)}, not a whole number >= 0")
+    return value
+
+
+def _shown(value: object, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

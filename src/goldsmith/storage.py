@@ -1,0 +1,275 @@
+"""Files that survive: atomic writes, hashes, manifests, locks, and the points where tests make a run fail."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from goldsmith.errors import CheckpointError, MachineError
+
+__all__ = [
+    "FAIL_POINTS",
+    "FolderLock",
+    "JsonLinesWriter",
+    "fail_point",
+    "free_bytes",
+    "fsync_tree",
+    "replace_folder",
+    "require_space",
+    "sha256_file",
+    "verify_manifest",
+    "write_atomic",
+    "write_manifest",
+]
+
+MANIFEST = "MANIFEST.json"
+
+# Every place where a run may die or the disk may fill, in the order of their passing. Tests kill at each of them.
+FAIL_POINTS = (
+    "checkpoint.begin",
+    "checkpoint.model",
+    "checkpoint.optimizer",
+    "checkpoint.manifest",
+    "checkpoint.rename",
+    "checkpoint.renamed",
+    "checkpoint.prune",
+    "checkpoint.pruning",
+    "checkpoint.pruned",
+    "export.begin",
+    "export.model",
+    "export.rename",
+    "export.renamed",
+    "metrics.append",
+)
+
+_passings: Counter[str] = Counter()
+
+
+def fail_point(name: str) -> None:
+    """Die here, or meet a full disk, where the environment asks for it; otherwise do nothing.
+
+    `GOLDSMITH_FAIL_POINT=NAME` kills this process with SIGKILL at the first passing, `NAME:3` at the third, and
+    `NAME!enospc` raises what a full disk raises.
+    """
+    wanted = os.environ.get("GOLDSMITH_FAIL_POINT")
+    if not wanted:
+        return
+    place, _, how = wanted.partition("!")
+    place, _, passing = place.partition(":")
+    if place != name:
+        return
+    _passings[name] += 1
+    if _passings[name] != int(passing or 1):
+        return
+    if how == "enospc":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Force every file of `folder`, and the folders, to the disk."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        _fsync(path)
+    _fsync(folder)
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _fsync(path.parent)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path) -> None:
+    """Write `MANIFEST.json`: size and sha256 of every other file of the folder."""
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    write_atomic(folder / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
+
+
+def verify_manifest(folder: Path) -> None:
+    """Check a folder against its manifest.
+
+    Raises:
+        CheckpointError: the manifest or a file is missing, or differs in size or hash.
+    """
+    remedy = f"remove {folder}; the same command then goes on from the checkpoint before it, or from the start"
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST}: missing or unreadable ({error})", remedy=remedy) from error
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing", remedy=remedy)
+        if path.stat().st_size != expected["bytes"]:
+            seen = path.stat().st_size
+            raise CheckpointError(f"{path}: {seen:,} bytes, the manifest says {expected['bytes']:,}", remedy=remedy)
+        if sha256_file(path) != expected["sha256"]:
+            raise CheckpointError(f"{path}: its sha256 differs from the manifest", remedy=remedy)
+
+
+def replace_folder(temporary: Path, final: Path) -> None:
+    """Move a finished folder into place: everything is on the disk before its name is. An old one is replaced.
+
+    A folder cannot be exchanged in one step; should the process die between the two renames, the old content lies in
+    `.NAME.old` and the new in `temporary`, and `final` does not exist.
+    """
+    fsync_tree(temporary)
+    aside = final.with_name(f".{final.name}.old")
+    if aside.exists():
+        shutil.rmtree(aside)
+    if final.exists():
+        final.replace(aside)
+    temporary.replace(final)
+    _fsync(final.parent)
+    if aside.exists():
+        shutil.rmtree(aside)
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes free on the file system of the nearest existing parent."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def require_space(folder: Path, num_bytes: int, purpose: str) -> None:
+    """Refuse before the start what cannot fit.
+
+    Raises:
+        MachineError: fewer bytes are free than `purpose` needs.
+    """
+    free = free_bytes(folder)
+    if free < num_bytes:
+        raise MachineError(
+            f"{folder}: {free / 2**20:,.1f} MiB free, but {purpose} needs {num_bytes / 2**20:,.1f} MiB",
+            remedy="free disk space, choose another output_dir, or keep fewer checkpoints (checkpoint.keep)",
+        )
+
+
+class FolderLock:
+    """One process at a time in a run folder; the lock goes with the process, however it ends.
+
+    Raises:
+        MachineError: the folder is in use, or cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> FolderLock:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = (self.folder / ".lock").open("a+")
+        except OSError as error:
+            raise MachineError(
+                f"{self.folder}: cannot be written ({error.strerror})", remedy="choose another output_dir"
+            ) from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise MachineError(
+                f"{self.folder} is in use by process {holder}", remedy="wait for it, or choose another output_dir"
+            ) from error
+        self._file.truncate(0)
+        self._file.write(f"{os.getpid()}\n")
+        self._file.flush()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class JsonLinesWriter:
+    """Append-only JSON Lines with a byte offset that a checkpoint can return to.
+
+    Args:
+        path: the file; made if it does not exist.
+        offset: cut the file back to this many bytes first.
+
+    Raises:
+        CheckpointError: the file is shorter than `offset`.
+    """
+
+    def __init__(self, path: Path, *, offset: int = 0) -> None:
+        self.path = path
+        self._file = path.open("ab")
+        size = self._file.tell()
+        if size < offset:
+            self._file.close()
+            raise CheckpointError(
+                f"{path}: {size:,} bytes, but the checkpoint was written when it had {offset:,}",
+                remedy="restore the file, or start again with another output_dir",
+            )
+        self._file.truncate(offset)
+        self._file.seek(offset)
+
+    def append(self, *records: Mapping[str, object]) -> None:
+        """Write records, a line each."""
+        text = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+        self._file.write(text.encode("utf-8", "surrogatepass"))
+
+    @property
+    def offset(self) -> int:
+        """Bytes written so far."""
+        return self._file.tell()
+
+    def flush(self) -> None:
+        """Hand what was written to the operating system."""
+        self._file.flush()
+
+    def sync(self) -> int:
+        """Force everything to the disk and return the offset."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self.offset
+
+    def close(self) -> None:
+        """Flush and close; a full disk at this point was reported before."""
+        with contextlib.suppress(OSError):
+            self._file.close()

@@ -1,0 +1,1 @@
+"""Training: steps of maximum likelihood, their records, checkpoints and the result."""

@@ -1,0 +1,171 @@
+"""What a checkpoint holds, how it comes to the disk whole, and which ones are kept.
+
+    checkpoints/step-00000100/   model.safetensors, optimizer.safetensors, state.json, MANIFEST.json
+
+A checkpoint is written to a folder with another name, forced to the disk, and renamed. One that bears its final name is
+therefore complete; what a killed process left lies under names that start with a dot, and is removed at the next start.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from goldsmith.errors import CheckpointError
+from goldsmith.records import TrainingState
+from goldsmith.storage import fail_point, replace_folder, verify_manifest, write_atomic, write_manifest
+
+__all__ = ["CheckpointConfig", "CheckpointStore", "checkpoint_bytes"]
+
+NAME = re.compile(r"step-(\d{8})")
+
+
+class CheckpointConfig(BaseModel):
+    """`checkpoint:` of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    every_steps: int | None = Field(
+        500, gt=0, description="null: only at the end, and where an evaluation was the best"
+    )
+    keep: int = Field(2, gt=0, description="how many of the newest are kept; the best is kept besides")
+
+
+def checkpoint_bytes(model: torch.nn.Module) -> int:
+    """Bytes of one checkpoint: the weights and two moments of those that are trained."""
+    return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in model.parameters())
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointStore:
+    """The `checkpoints/` folder of a run."""
+
+    folder: Path
+    keep: int
+
+    def path(self, step: int) -> Path:
+        """The folder of the checkpoint after `step` updates."""
+        return self.folder / f"step-{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        if not self.folder.is_dir():
+            return []
+        matches = (NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(match.group(1)) for match in matches if match)
+
+    def clean(self) -> None:
+        """Remove what a killed process left unfinished."""
+        if self.folder.is_dir():
+            for path in self.folder.glob(".*"):
+                shutil.rmtree(path)
+
+    def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> Path:
+        """Write a checkpoint, verify it, then prune older ones."""
+        fail_point("checkpoint.begin")
+        final = self.path(state.step)
+        temporary = self.folder / f".{final.name}.tmp"
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True)
+        try:
+            weights = {name: tensor.contiguous() for name, tensor in _weights(model).items()}
+            save_file(weights, temporary / "model.safetensors")
+            fail_point("checkpoint.model")
+            save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+            fail_point("checkpoint.optimizer")
+            write_atomic(temporary / "state.json", json.dumps(state.to_json(), indent=1) + "\n")
+            write_manifest(temporary)
+            fail_point("checkpoint.manifest")
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        fail_point("checkpoint.rename")
+        replace_folder(temporary, final)
+        fail_point("checkpoint.renamed")
+        verify_manifest(final)
+        self.prune(best_step=state.best_step)
+        return final
+
+    def prune(self, *, best_step: int | None) -> None:
+        """Remove all but the newest `keep` and the best."""
+        fail_point("checkpoint.prune")
+        for step in self.steps()[: -self.keep]:
+            if step == best_step:
+                continue
+            doomed = self.folder / f".{self.path(step).name}.pruned"
+            self.path(step).replace(doomed)
+            fail_point("checkpoint.pruning")
+            shutil.rmtree(doomed)
+        fail_point("checkpoint.pruned")
+
+    def load(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
+        """Put weights and optimizer state back in place.
+
+        Raises:
+            CheckpointError: a file is damaged, or the tensors are not those of this model.
+        """
+        folder = self.path(step)
+        verify_manifest(folder)
+        load_weights(folder, model)
+        _load_optimizer(folder / "optimizer.safetensors", model, optimizer)
+        return TrainingState.from_json(json.loads((folder / "state.json").read_text()))
+
+
+def load_weights(folder: Path, model: torch.nn.Module) -> None:
+    """Copy the weights of a checkpoint into `model`."""
+    weights = _weights(model)
+    path = folder / "model.safetensors"
+    with safe_open(path, framework="pt") as file, torch.no_grad():
+        if set(file.keys()) != set(weights):
+            raise CheckpointError(f"{path}: holds other tensors than the model", remedy="use the recipe that made it")
+        for name, tensor in weights.items():
+            tensor.copy_(file.get_tensor(name))
+
+
+def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by name, shared ones once."""
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach()
+    return tensors
+
+
+def _moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    return {
+        name: optimizer.state[p] for name, p in model.named_parameters() if p.requires_grad and p in optimizer.state
+    }
+
+
+def _optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    tensors = {"rng.cpu": torch.get_rng_state()}
+    for name, state in _moments(model, optimizer).items():
+        tensors |= {f"{key}.{name}": value.contiguous() for key, value in state.items()}
+    return tensors
+
+
+def _load_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    states: dict[str, dict[str, torch.Tensor]] = {}
+    with safe_open(path, framework="pt") as file:
+        torch.set_rng_state(file.get_tensor("rng.cpu"))
+        for key in set(file.keys()) - {"rng.cpu"}:
+            kind, _, name = key.partition(".")
+            states.setdefault(name, {})[kind] = file.get_tensor(key)
+    if states and set(states) != set(parameters):
+        raise CheckpointError(f"{path}: holds the state of other parameters", remedy="use the recipe that made it")
+    for name, state in states.items():
+        # A fused step keeps its step counter on the device of its parameter.
+        optimizer.state[parameters[name]] = {k: v.to(parameters[name].device) for k, v in state.items()}

@@ -1,0 +1,70 @@
+"""Numbers about a step that are not the objective: update-to-weight ratios, memory, time."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from goldsmith.records import EvaluationRecord
+
+__all__ = ["layer_group", "peak_memory_bytes", "read_evaluations", "update_to_weight"]
+
+NamedTensors = Iterable[tuple[str, torch.Tensor]]
+
+
+def layer_group(name: str) -> str:
+    """The group of a parameter in reports: its layer, the embedding, the output, or the rest.
+
+    >>> layer_group("model.layers.11.mlp.up_proj.weight")
+    'layer 11'
+    >>> layer_group("transformer.wte.weight"), layer_group("lm_head.weight"), layer_group("model.norm.weight")
+    ('embedding', 'output', 'other')
+    """
+    layer = re.search(r"\.(\d+)\.", name)
+    if layer:
+        return f"layer {layer.group(1)}"
+    if re.search(r"embed_out|lm_head|output", name):
+        return "output"
+    if re.search(r"embed|wte|wpe", name):
+        return "embedding"
+    return "other"
+
+
+def update_to_weight(before: Mapping[str, torch.Tensor], after: NamedTensors) -> dict[str, float]:
+    """Norm of the last update over the norm of the weights before it, per layer group.
+
+    Args:
+        before: parameters by name, before the update.
+        after: the same parameters now.
+    """
+    squares: dict[str, list[torch.Tensor]] = {}
+    for name, parameter in after:
+        old = before[name]
+        pair = torch.stack([(parameter.detach() - old).float().square().sum(), old.float().square().sum()])
+        squares.setdefault(layer_group(name), []).append(pair)
+    ratios = {}
+    for group, pairs in squares.items():
+        update, weight = torch.stack(pairs).double().sum(dim=0).sqrt().tolist()
+        ratios[group] = update / weight if weight > 0.0 else 0.0
+    return ratios
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory of this process so far: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def read_evaluations(path: Path) -> list[EvaluationRecord]:
+    """The evaluations of a `metrics.jsonl`, in order."""
+    with path.open() as file:
+        records = (json.loads(line) for line in file)
+        return [EvaluationRecord.from_json(record) for record in records if record["kind"] == "evaluation"]

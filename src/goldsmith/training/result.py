@@ -1,0 +1,109 @@
+"""The result of a run: a Hugging Face folder that anything can load, and the proof that it says what was trained."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from goldsmith.data.loader import Dataset
+from goldsmith.data.packing import pack
+from goldsmith.errors import ModelError
+from goldsmith.models.likelihood import LikelihoodModel
+from goldsmith.storage import fail_point, replace_folder
+
+__all__ = ["Parity", "check_parity", "save_model"]
+
+# Largest difference of a log-probability between the loaded folder and the packed path, both float32.
+PARITY_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """How the saved model compares with the one that was trained.
+
+    Attributes:
+        examples: how many were compared.
+        largest_difference: of a token's log-probability, between the folder as `transformers` loads it, one example at a
+            time through its own logits, and the same weights through the packed path; float32, nats.
+        rounding_cost: nll a token of the saved weights minus that of the trained ones: what the precision of the files cost.
+    """
+
+    examples: int
+    largest_difference: float
+    rounding_cost: float
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    end_token_ids: list[int],
+) -> None:
+    """Write weights (in `dtype`), configuration, generation configuration and tokenizer, then move them into place.
+
+    Args:
+        end_token_ids: what ends the gold; generation stops there.
+    """
+    fail_point("export.begin")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    weights = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()
+    }
+    trained_dtype = model.config.dtype
+    try:
+        model.config.dtype = dtype
+        if model.generation_config is not None:
+            known = model.generation_config.eos_token_id
+            known_ids = [] if known is None else known if isinstance(known, list) else [known]
+            ids = list(dict.fromkeys([*known_ids, *end_token_ids]))
+            model.generation_config.eos_token_id = ids[0] if len(ids) == 1 else ids or None
+        model.save_pretrained(temporary, state_dict=weights)
+        fail_point("export.model")
+        tokenizer.save_pretrained(temporary)
+        fail_point("export.rename")
+        replace_folder(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    finally:
+        model.config.dtype = trained_dtype
+    fail_point("export.renamed")
+
+
+@torch.no_grad()
+def check_parity(folder: Path, trained: LikelihoodModel, data: Dataset, *, examples: int = 8) -> Parity:
+    """Load the folder as a user would and compare log-probabilities of the first examples.
+
+    Raises:
+        ModelError: they differ by more than 1e-5.
+    """
+    auto_model: Any = AutoModelForCausalLM
+    loaded = auto_model.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).to(trained.device).eval()
+    chosen = list(range(min(examples, len(data))))
+    batch = pack(data, chosen).to(trained.device)
+    own = []
+    for index in chosen:
+        example = data[index]
+        ids = torch.from_numpy(example.token_ids).long().to(trained.device)
+        log_probs = torch.log_softmax(loaded(input_ids=ids[None], use_cache=False).logits[0].float(), dim=-1)
+        gold = torch.from_numpy(example.target_weights > 0).nonzero().squeeze(1).to(trained.device)
+        own.append(log_probs[gold - 1, ids[gold]])
+    own_K = torch.cat(own)
+    packed_K = LikelihoodModel(loaded)(batch).log_probs_K
+    difference = float((own_K - packed_K).abs().max())
+    if not difference <= PARITY_TOLERANCE * max(1.0, float(own_K.abs().max())):
+        raise ModelError(
+            f"{folder}: its log-probabilities differ by {difference:.1e} from those of the packed path",
+            remedy="please report this: the saved model is not the trained one",
+        )
+    rounding_cost = float(trained(batch).log_probs_K.double().mean() - packed_K.double().mean())
+    return Parity(examples=len(chosen), largest_difference=difference, rounding_cost=rounding_cost)

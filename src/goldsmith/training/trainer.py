@@ -1,0 +1,469 @@
+"""The training loop: steps of maximum likelihood, exactly resumable.
+
+A step is a set of examples. Its denominator is counted over the whole step, and over all ranks, before the first
+forward pass; micro-batches contribute sums. The position is the number of updates done and nothing else: order, learning rate and
+evaluation points are functions of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from goldsmith import distributed
+from goldsmith.data.loader import Dataset
+from goldsmith.data.order import StepOrder
+from goldsmith.data.packing import pack, plan_microbatches
+from goldsmith.errors import NumericalError, StoppedBySignal
+from goldsmith.models.evaluate import sum_log_likelihood
+from goldsmith.models.likelihood import LikelihoodModel
+from goldsmith.objective.cross_entropy import ObjectiveConfig
+from goldsmith.objective.normalization import step_denominator, token_coefficients
+from goldsmith.records import EvaluationRecord, ExampleRecord, StepRecord, TrainingState
+from goldsmith.storage import JsonLinesWriter, fail_point
+from goldsmith.training.checkpoint import CheckpointConfig, CheckpointStore
+from goldsmith.training.metrics import peak_memory_bytes, read_evaluations, update_to_weight
+from goldsmith.training.optimizer import OptimizerConfig, build_optimizer, learning_rate
+from goldsmith.training.progress import NoProgress, ProgressReporter
+from goldsmith.types import PackedBatch
+
+__all__ = ["EvaluationConfig", "Trainer", "TrainingConfig", "TrainingResult", "autocast", "planned_steps"]
+
+
+class TrainingConfig(BaseModel):
+    """`training:` of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: int = Field(3, gt=0, description="passes over the data; not used where max_steps is given")
+    max_steps: int | None = Field(None, gt=0, description="updates in all, over as many epochs as that takes")
+    max_seconds: float | None = Field(
+        None, gt=0.0, description="fewer steps where a short calibration says that they would take longer than this"
+    )
+    batch_size: int = Field(64, gt=0, description="examples an update: a statistical choice")
+    tokens_per_microbatch: int = Field(8192, gt=0, description="tokens in memory at a time: changes no number")
+    seed: int = Field(0, ge=0, description="of the data order and of new weights")
+    log_update_ratio_every: int = Field(10, gt=0, description="steps between two measurements of update_to_weight")
+
+
+class EvaluationConfig(BaseModel):
+    """`evaluation:` of a recipe. The held-out gold is always evaluated before the first step and after the last."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    every_steps: int | None = Field(None, gt=0, description="also every so many steps")
+    early_stopping: int | None = Field(None, gt=0, description="stop after so many evaluations without a better one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """What a finished run has to tell.
+
+    Attributes:
+        steps: updates done; fewer than planned where early stopping ended it.
+        nll_before, nll_after: held-out nll a token, nats; None without held-out data.
+        best_step, best_nll: of the best evaluation.
+        seconds: training and evaluation, over all runs.
+    """
+
+    steps: int
+    nll_before: float | None
+    nll_after: float | None
+    best_step: int | None
+    best_nll: float | None
+    stopped_early: bool
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StepSums:
+    """What the micro-batches of a step add up to, over all ranks; per example in the order of the step."""
+
+    loss: float
+    weighted_nll: float
+    nll_E: npt.NDArray[np.float64]
+    microbatches: int
+
+
+class Trainer:
+    """Trains a `LikelihoodModel` on a data set, in a run folder that this process holds the lock of.
+
+    Args:
+        model: in training precision, on its device, already proven.
+        train: the gold.
+        evaluation: held-out gold, or None.
+        total_steps: updates in all, resolved; see `planned_steps`.
+        output_dir: the run folder.
+        progress: told of each step and evaluation; the main process only.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: LikelihoodModel,
+        train: Dataset,
+        evaluation: Dataset | None,
+        config: TrainingConfig,
+        objective: ObjectiveConfig,
+        optimizer: OptimizerConfig,
+        evaluation_config: EvaluationConfig,
+        checkpoint: CheckpointConfig,
+        total_steps: int,
+        output_dir: Path,
+        progress: ProgressReporter | None = None,
+    ) -> None:
+        self.model = model
+        self.device = model.device
+        self.train_data = train
+        self.evaluation_data = evaluation
+        self.config = config
+        self.objective = objective
+        self.optimizer_config = optimizer
+        self.evaluation_config = evaluation_config
+        self.checkpoint_config = checkpoint
+        self.total_steps = total_steps
+        self.output_dir = output_dir
+        self.progress = progress or NoProgress()
+        self.parameters = [p for p in model.causal_lm.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(model.causal_lm.named_parameters(), optimizer)
+        self.store = CheckpointStore(folder=output_dir / "checkpoints", keep=checkpoint.keep)
+        self.state = TrainingState.initial()
+        self.order = step_order(train, config)
+
+    # One step
+
+    def microbatches(self, indices: npt.NDArray[np.int64]) -> Iterator[tuple[PackedBatch, npt.NDArray[np.int64]]]:
+        """This rank's share of a step, packed; with each the positions of its examples within `indices`."""
+        lengths = self.train_data.lengths[indices]
+        ranks = distributed.world_size()
+        # Enough micro-batches for every rank, where the examples can be divided.
+        budget = min(self.config.tokens_per_microbatch, math.ceil(int(lengths.sum()) / ranks))
+        plan = plan_microbatches(lengths.tolist(), max(budget, int(lengths.max())) if ranks > 1 else budget)
+        for members in plan[distributed.rank() :: ranks]:
+            chosen = indices[members]
+            yield pack(self.train_data, chosen), np.asarray(members)
+
+    def forward_backward(self, indices: npt.NDArray[np.int64]) -> _StepSums:
+        """Add the gradient of the step's loss to the parameters and return its sums over all ranks."""
+        data = self.train_data
+        normalization = self.objective.normalization
+        denominator = step_denominator(data.example_weights[indices], data.weight_sums[indices], normalization)
+        microbatches = 0
+        losses: list[torch.Tensor] = []
+        log_prob_sums: list[torch.Tensor] = []
+        weighted: list[torch.Tensor] = []
+        places: list[npt.NDArray[np.int64]] = []
+        for packed, members in self.microbatches(indices):
+            batch = packed.to(self.device)
+            with autocast(self.device):
+                sums = self.model(batch, token_coefficients(batch, normalization))
+            loss = sums.weighted_nll / denominator
+            loss.backward()
+            microbatches += 1
+            log_probs = sums.log_probs_K.double()
+            per_example = torch.zeros(len(members), dtype=torch.float64, device=self.device)
+            log_prob_sums.append(per_example.index_add_(0, batch.target_example, log_probs))
+            weighted.append((log_probs * token_coefficients(batch, "token")).sum())
+            losses.append(loss.detach().double())
+            places.append(members)
+
+        totals = torch.zeros(len(indices) + 3, dtype=torch.float64)
+        if microbatches:
+            totals[np.concatenate(places)] = torch.cat(log_prob_sums).cpu()
+            totals[-3] = torch.stack(losses).sum().cpu()
+            totals[-2] = torch.stack(weighted).sum().cpu()
+        totals[-1] = microbatches
+        totals = distributed.sum_tensor(totals.to(self.device)).cpu()
+        distributed.sum_gradients(self.parameters)
+        return _StepSums(
+            loss=float(totals[-3]),
+            weighted_nll=-float(totals[-2]),
+            nll_E=-totals[:-3].numpy(),
+            microbatches=int(totals[-1]),
+        )
+
+    def train_step(self, step: int) -> tuple[StepRecord, list[ExampleRecord]]:
+        """One update.
+
+        Raises:
+            NumericalError: the loss or the gradient is not finite; nothing was updated.
+        """
+        started = time.perf_counter()
+        epoch, indices = self.order.step(step)
+        sums = self.forward_backward(indices)
+        grad_norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+        if not (math.isfinite(sums.loss) and math.isfinite(grad_norm)):
+            raise self._numerical_error(step, indices, sums, grad_norm)
+        max_norm = self.optimizer_config.max_grad_norm
+        if max_norm is not None and grad_norm > max_norm:
+            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], max_norm / grad_norm)
+
+        rate = learning_rate(self.optimizer_config, step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        named = [(name, p) for name, p in self.model.causal_lm.named_parameters() if p.requires_grad]
+        measure = step == 1 or step % self.config.log_update_ratio_every == 0
+        before = {name: p.detach().clone() for name, p in named} if measure else {}
+        self.optimizer.step()
+        ratios = update_to_weight(before, named) if measure else {}
+        self.optimizer.zero_grad(set_to_none=True)
+
+        data = self.train_data
+        tokens = int(data.lengths[indices].sum())
+        gold_tokens = data.num_target_tokens[indices]
+        seconds = time.perf_counter() - started
+        record = StepRecord(
+            step=step,
+            epoch=epoch,
+            examples=len(indices),
+            tokens=tokens,
+            gold_tokens=int(gold_tokens.sum()),
+            microbatches=sums.microbatches,
+            nll=sums.weighted_nll / step_denominator(data.example_weights[indices], data.weight_sums[indices], "token"),
+            loss=sums.loss,
+            learning_rate=rate,
+            grad_norm=grad_norm,
+            update_to_weight=ratios,
+            seconds=seconds,
+            tokens_per_second=tokens / seconds,
+            peak_memory_bytes=peak_memory_bytes(self.device),
+        )
+        examples = [
+            ExampleRecord(
+                step=step,
+                epoch=epoch,
+                example_id=data.example_ids[index],
+                source=data.sources[index],
+                nll=float(nll),
+                gold_tokens=int(count),
+            )
+            for index, nll, count in zip(indices.tolist(), sums.nll_E, gold_tokens, strict=True)
+        ]
+        return record, examples
+
+    def _numerical_error(
+        self, step: int, indices: npt.NDArray[np.int64], sums: _StepSums, grad_norm: float
+    ) -> NumericalError:
+        blamed = indices[~np.isfinite(sums.nll_E)]
+        what = "these examples" if len(blamed) else "the gradient, and no single example, in a step of"
+        named = (blamed if len(blamed) else indices).tolist()
+        ids = ", ".join(f"{self.train_data.example_ids[i]} ({self.train_data.sources[i]})" for i in named[:8])
+        more = f" and {len(named) - 8} more" if len(named) > 8 else ""
+        return NumericalError(
+            f"step {step}: loss {sums.loss}, gradient norm {grad_norm}; not finite because of {what}: {ids}{more}. "
+            f"The weights are as they were after step {step - 1}",
+            remedy="look at these rows, lower optimizer.learning_rate, or train in float32",
+        )
+
+    # Evaluation
+
+    def evaluate(self, step: int) -> EvaluationRecord:
+        """Exact nll of the held-out gold: one sum over the whole set, one division."""
+        data = self.evaluation_data
+        assert data is not None
+        started = time.perf_counter()
+        share = range(distributed.rank(), len(data), distributed.world_size())
+        with autocast(self.device):
+            own = sum_log_likelihood(
+                self.model, data, tokens_per_microbatch=self.config.tokens_per_microbatch, indices=share
+            )
+        sums = torch.tensor(
+            [own.weighted_nll, own.weight_sum, own.example_nll, own.example_weight_sum], dtype=torch.float64
+        )
+        weighted_nll, weight_sum, example_nll, example_weight_sum = distributed.sum_tensor(
+            sums.to(self.device)
+        ).tolist()
+        nll = weighted_nll / weight_sum
+        seconds = time.perf_counter() - started
+        return EvaluationRecord(
+            step=step,
+            epoch=0 if step == 0 else self.order.step(step)[0],
+            examples=len(data),
+            gold_tokens=int(data.num_target_tokens.sum()),
+            nll=nll,
+            nll_per_example=example_nll / example_weight_sum,
+            is_best=self.state.best_nll is None or nll < self.state.best_nll,
+            seconds=seconds,
+            tokens_per_second=int(data.lengths.sum()) / seconds,
+        )
+
+    def _note_evaluation(self, record: EvaluationRecord) -> None:
+        if record.is_best:
+            self.state = replace(
+                self.state, best_step=record.step, best_nll=record.nll, evaluations_without_improvement=0
+            )
+        else:
+            waited = self.state.evaluations_without_improvement + 1
+            patience = self.evaluation_config.early_stopping
+            self.state = replace(
+                self.state,
+                evaluations_without_improvement=waited,
+                stopped_early=patience is not None and waited >= patience,
+            )
+
+    # The loop
+
+    def resume(self) -> bool:
+        """Go back to the newest checkpoint, if there is one; True if so."""
+        if distributed.is_main():
+            self.store.clean()
+        distributed.barrier()
+        steps = self.store.steps()
+        if not steps:
+            return False
+        self.state = self.store.load(steps[-1], self.model.causal_lm, self.optimizer)
+        return True
+
+    def train(self) -> TrainingResult:
+        """Train to the end, from the newest checkpoint where there is one.
+
+        Raises:
+            NumericalError: a non-finite loss or gradient.
+            StoppedBySignal: after SIGINT or SIGTERM, when a checkpoint was written.
+            CheckpointError: the newest checkpoint is damaged.
+        """
+        self.model.train()
+        self.resume()
+        run_started = time.monotonic() - self.state.elapsed_seconds
+        main = distributed.is_main()
+        metrics = JsonLinesWriter(self.output_dir / "metrics.jsonl", offset=self.state.metrics_offset) if main else None
+        examples_file = (
+            JsonLinesWriter(self.output_dir / "examples.jsonl", offset=self.state.examples_offset) if main else None
+        )
+
+        def log(record: StepRecord | EvaluationRecord, examples: list[ExampleRecord] | None = None) -> None:
+            if metrics is not None and examples_file is not None:
+                metrics.append(record.to_json())
+                examples_file.append(*(example.to_json() for example in examples or ()))
+                metrics.flush()
+                fail_point("metrics.append")
+
+        def save() -> None:
+            if metrics is not None and examples_file is not None:
+                self.state = replace(
+                    self.state,
+                    metrics_offset=metrics.sync(),
+                    examples_offset=examples_file.sync(),
+                    elapsed_seconds=time.monotonic() - run_started,
+                )
+                self.store.save(self.model.causal_lm, self.optimizer, self.state)
+            distributed.barrier()
+
+        with contextlib.ExitStack() as stack:
+            for writer in (metrics, examples_file):
+                if writer is not None:
+                    stack.callback(writer.close)
+            stop_requested = stack.enter_context(stop_on_signals())
+            stack.enter_context(self.progress)
+            self.progress.start(done=self.state.step, total=self.total_steps)
+
+            if self.state.step == 0 and self.evaluation_data is not None:
+                record = self.evaluate(0)
+                log(record)
+                self._note_evaluation(record)
+                self.progress.evaluation(record)
+
+            while self.state.step < self.total_steps and not self.state.stopped_early:
+                step = self.state.step + 1
+                step_record, examples = self.train_step(step)
+                log(step_record, examples)
+                self.state = replace(self.state, step=step)
+                self.progress.step(step_record)
+
+                best = False
+                if self.evaluation_data is not None and self._evaluates_after(step):
+                    record = self.evaluate(step)
+                    log(record)
+                    self._note_evaluation(record)
+                    self.progress.evaluation(record)
+                    best = record.is_best
+                stopping = distributed.agree(stop_requested(), self.device)
+                if best or stopping or self._saves_after(step):
+                    save()
+                if stopping and step < self.total_steps and not self.state.stopped_early:
+                    raise StoppedBySignal(
+                        f"stopped by a signal after step {step} of {self.total_steps}; the checkpoint is written",
+                        remedy="the same command goes on from there",
+                    )
+        return self.result()
+
+    def _evaluates_after(self, step: int) -> bool:
+        every = self.evaluation_config.every_steps
+        return step == self.total_steps or (every is not None and step % every == 0)
+
+    def _saves_after(self, step: int) -> bool:
+        every = self.checkpoint_config.every_steps
+        return step == self.total_steps or self.state.stopped_early or (every is not None and step % every == 0)
+
+    def result(self) -> TrainingResult:
+        """The summary of a finished run, read back from its metrics."""
+        evaluations = read_evaluations(self.output_dir / "metrics.jsonl")
+        return TrainingResult(
+            steps=self.state.step,
+            nll_before=evaluations[0].nll if evaluations else None,
+            nll_after=evaluations[-1].nll if evaluations else None,
+            best_step=self.state.best_step,
+            best_nll=self.state.best_nll,
+            stopped_early=self.state.stopped_early,
+            seconds=self.state.elapsed_seconds,
+        )
+
+    def seconds_a_step(self, steps: int = 3) -> float:
+        """Seconds of forward and backward passes over the first steps, the slowest of them; updates nothing."""
+        self.model.train()
+        times = []
+        for step in range(1, steps + 2):
+            started = time.perf_counter()
+            self.forward_backward(self.order.step(step)[1])
+            times.append(time.perf_counter() - started)
+            self.optimizer.zero_grad(set_to_none=True)
+        return max(times[1:])  # the first one warms up
+
+
+def step_order(data: Dataset, config: TrainingConfig) -> StepOrder:
+    """The steps of a run over `data`."""
+    return StepOrder(data.groups, data.repeats, seed=config.seed, batch_size=config.batch_size)
+
+
+def planned_steps(data: Dataset, config: TrainingConfig) -> int:
+    """Updates that `epochs` or `max_steps` ask for, before `max_seconds` is looked at."""
+    return config.max_steps or step_order(data, config).steps_before(config.epochs)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 products on CUDA; float32 (or the model's own precision) on a CPU."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a question that the loop asks after each step; a second one acts at once."""
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, note)
+    except ValueError:  # not in the main thread: the caller handles signals
+        previous.clear()
+    try:
+        yield lambda: bool(received)
+    finally:
+        for stopped, handler in previous.items():
+            signal.signal(stopped, handler)

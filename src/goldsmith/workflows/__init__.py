@@ -1,0 +1,9 @@
+"""What spans rooms: a run from a recipe to its result, scoring, generating, comparing, and the demo.
+
+A folder and not one file, because a run, the use of a model and the demo are three things; see `design/0001-the-house.md`.
+"""
+
+from goldsmith.workflows.models import compare_files, generate, score
+from goldsmith.workflows.run import RunResult, train
+
+__all__ = ["RunResult", "compare_files", "generate", "score", "train"]

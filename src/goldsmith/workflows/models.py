@@ -1,0 +1,310 @@
+"""What is done with a model, trained here or not: score gold under it, compare scores, let it answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from goldsmith.data.loader import Dataset, load_dataset
+from goldsmith.data.rendering import Renderer, RenderingConfig
+from goldsmith.data.rows import Columns, DataConfig, SourceConfig
+from goldsmith.data.tokenizer import load_tokenizer
+from goldsmith.errors import ConfigError, MachineError
+from goldsmith.generation.generate import Generation, GenerationConfig, decode_text, split_example
+from goldsmith.generation.generate import generate as decode
+from goldsmith.generation.metrics import GenerationMetrics, measure, measure_example
+from goldsmith.models.likelihood import LikelihoodModel
+from goldsmith.models.load import DtypeName, load_causal_lm, silence_randomness
+from goldsmith.models.proof import prove
+from goldsmith.recipe import load_recipe
+from goldsmith.scoring.compare import Comparison
+from goldsmith.scoring.compare import compare_files as compare_score_files
+from goldsmith.scoring.files import write_scores
+from goldsmith.scoring.score import ScoreSummary, ScoreTally, score_dataset
+from goldsmith.storage import write_atomic
+from goldsmith.types import Conversation, Message
+
+__all__ = ["Answer", "Answers", "OpenModel", "compare_files", "generate", "open_model", "score"]
+
+Rows = Iterable[Mapping[str, object]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenModel:
+    """A model that was loaded and proven, with what renders rows for it.
+
+    Attributes:
+        model: in float32 (or float64), packed attention.
+        columns: of the run's recipe, where the model is a run's.
+    """
+
+    name: str
+    model: LikelihoodModel
+    tokenizer: PreTrainedTokenizerBase
+    renderer: Renderer
+    columns: Columns | None
+
+    def dataset(
+        self,
+        data: str | Rows,
+        *,
+        columns: Columns | None,
+        on_bad_row: Literal["stop", "skip"],
+        limit: int | None = None,
+    ) -> Dataset:
+        """The gold of a file, a glob, or of rows in memory."""
+        source = SourceConfig(path=data if isinstance(data, str) else "rows", limit=limit)
+        config = DataConfig(train=[source], columns=columns or self.columns, on_bad_row=on_bad_row)
+        return load_dataset(
+            config.train if isinstance(data, str) else data,
+            config=config,
+            renderer=self.renderer,
+            base_folder=Path.cwd(),
+            split="eval",
+        )
+
+
+def open_model(
+    path: str,
+    *,
+    device: str = "auto",
+    dtype: DtypeName = "auto",
+    revision: str | None = None,
+    max_length: int | None = None,
+) -> OpenModel:
+    """Load a model folder, a hub id or the result of a run folder; refuse what packed attention does not compute.
+
+    Rows are rendered as the run's recipe says where it is a run, plainly otherwise.
+
+    Raises:
+        ModelError: not found, damaged, or refused by the proof.
+        MachineError: a run folder without a result yet.
+    """
+    folder, rendering, columns = path, RenderingConfig(), None
+    recipe_path = Path(path) / "recipe.yaml"
+    if recipe_path.is_file():
+        recipe = load_recipe(recipe_path)
+        rendering = recipe.rendering
+        columns = recipe.data.columns or recipe.data.train[0].columns
+        folder = str(Path(path) / "model")
+        if not Path(folder).is_dir():
+            raise MachineError(f"{path}: the run has no result yet", remedy=f"finish it: goldsmith train {recipe_path}")
+    causal_lm = load_causal_lm(folder, revision=revision, dtype=dtype, device=device)
+    silence_randomness(causal_lm)
+    prove(causal_lm.config, name=path)
+    tokenizer = load_tokenizer(folder, revision=revision)
+    limit = max_length or getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
+    return OpenModel(
+        name=path,
+        model=LikelihoodModel(causal_lm).eval(),
+        tokenizer=tokenizer,
+        renderer=Renderer(tokenizer, rendering, limit),
+        columns=columns,
+    )
+
+
+def score(
+    model: str,
+    data: str | Rows,
+    *,
+    columns: Columns | None = None,
+    with_tokens: bool = False,
+    output: str | Path | None = None,
+    on_bad_row: Literal["stop", "skip"] = "stop",
+    max_length: int | None = None,
+    device: str = "auto",
+    dtype: DtypeName = "auto",
+    revision: str | None = None,
+    tokens_per_microbatch: int = 8192,
+    quiet: bool = True,
+) -> ScoreSummary:
+    """log P(y | x) of every row under a model: written out row by row, and summed up.
+
+    Args:
+        model: a model folder, a run folder or a hub id.
+        data: a file of gold, a glob, or rows in memory.
+        columns: field -> column where the file names them otherwise.
+        with_tokens: write the log-probability of every gold token.
+        output: the score file (JSON Lines); none is written by default.
+
+    Raises:
+        GoldsmithError: bad data (exit code 3), a refused model (4), a full disk (7).
+    """
+    opened = open_model(model, device=device, dtype=dtype, revision=revision, max_length=max_length)
+    dataset = opened.dataset(data, columns=columns, on_bad_row=on_bad_row)
+    tally = ScoreTally()
+    # Products are float32 unless half precision is asked for by name: numbers that are compared are worth the time.
+    in_half = dtype in ("bfloat16", "float16")
+    half = torch.float16 if dtype == "float16" else torch.bfloat16
+    with torch.autocast(opened.model.device.type, dtype=half, enabled=in_half):
+        scores = score_dataset(
+            opened.model,
+            opened.tokenizer,
+            dataset,
+            tokens_per_microbatch=tokens_per_microbatch,
+            with_tokens=with_tokens,
+        )
+        for one in scores if output is None else write_scores(output, scores):
+            tally.add(one)
+    return tally.summary()
+
+
+def compare_files(a: str, b: str) -> Comparison:
+    """Two score files of the same gold under two models: which gives it the higher likelihood, and where."""
+    return compare_score_files(a, b)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the model said to one prompt; `gold` where the row has some."""
+
+    example_id: str
+    prompt: str
+    text: str
+    stop_reason: str
+    gold: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A row of the output file."""
+        own = {"example_id": self.example_id, "prompt": self.prompt, "text": self.text, "stop_reason": self.stop_reason}
+        return own if self.gold is None else {**own, "gold": self.gold, "is_exact": self.text == self.gold}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """All answers, and how they compare with the gold where every row has some."""
+
+    answers: tuple[Answer, ...]
+    metrics: GenerationMetrics | None
+
+    def to_json(self) -> dict[str, Any]:
+        """One machine-readable object."""
+        return {
+            "answers": [answer.to_json() for answer in self.answers],
+            "metrics": None if self.metrics is None else self.metrics.to_json(),
+        }
+
+    def __str__(self) -> str:
+        shown = self.answers[:SHOWN_ANSWERS]
+        lines = []
+        for answer in shown:
+            lines.append(f"{answer.example_id}: {answer.prompt!r}")
+            lines.append(f"  answer: {answer.text!r}" + ("" if answer.stop_reason == "end" else "  (cut off)"))
+            if answer.gold is not None:
+                lines.append(f"  gold:   {answer.gold!r}")
+        if len(self.answers) > len(shown):
+            lines.append(f"... and {len(self.answers) - len(shown):,} more")
+        if self.metrics is not None:
+            lines.append(str(self.metrics))
+        return "\n".join(lines)
+
+
+SHOWN_ANSWERS = 10
+
+
+def generate(
+    model: str,
+    data: str | Rows | None = None,
+    *,
+    prompts: Sequence[str] = (),
+    columns: Columns | None = None,
+    output: str | Path | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 32,
+    limit: int | None = None,
+    device: str = "auto",
+    dtype: DtypeName = "auto",
+    revision: str | None = None,
+    quiet: bool = True,
+) -> Answers:
+    """Let a model answer the prompts of a file or of `prompts`; with gold, also how near the answers come.
+
+    Args:
+        data: a file of rows with gold, as for training; the gold is not shown to the model.
+        prompts: in place of `data`; with a chat model each is one user message.
+
+    Raises:
+        ConfigError: both or neither of `data` and `prompts`.
+    """
+    if (data is None) == (not prompts):
+        raise ConfigError("generate wants data or prompts, and not both", remedy="give one of them")
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size
+    )
+    opened = open_model(model, device=device, dtype=dtype, revision=revision)
+    rows = list(_prompts(opened, prompts) if data is None else _contexts(opened, data, columns, limit))
+    generations = decode(
+        opened.model.causal_lm,
+        opened.tokenizer,
+        [row.context for row in rows],
+        config,
+        end_ids=opened.renderer.end_token_ids,
+    )
+    answers = tuple(_answer(row, generation) for row, generation in zip(rows, generations, strict=True))
+    metrics = None
+    if data is not None:
+        metrics = measure([measure_example(a.text, a.gold or "", tokenize=_tokenize(opened)) for a in answers])
+    if output is not None:
+        write_atomic(Path(output), "".join(json.dumps(a.to_json(), ensure_ascii=False) + "\n" for a in answers))
+    return Answers(answers=answers, metrics=metrics)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prompt:
+    example_id: str
+    prompt: str
+    context: list[int]
+    gold: str | None
+
+
+def _prompts(opened: OpenModel, prompts: Sequence[str]) -> Iterator[_Prompt]:
+    is_chat = opened.renderer.chat_template is not None or opened.tokenizer.chat_template is not None
+    for number, prompt in enumerate(prompts):
+        conversation = Conversation(
+            messages=(Message(role="user", content=prompt), Message(role="assistant", content="")),
+            example_id=f"prompt:{number}",
+            source=f"--prompt {number + 1}",
+            is_chat=is_chat,
+        )
+        context = [int(token_id) for token_id in opened.renderer.render_context(conversation)]
+        yield _Prompt(example_id=conversation.example_id, prompt=prompt, context=context, gold=None)
+
+
+def _contexts(opened: OpenModel, data: str | Rows, columns: Columns | None, limit: int | None) -> Iterator[_Prompt]:
+    dataset = opened.dataset(data, columns=columns, on_bad_row="stop", limit=limit)
+    ends = opened.renderer.end_token_ids
+    for index in range(len(dataset)):
+        example = dataset[index]
+        context, gold = split_example(example)
+        yield _Prompt(
+            example_id=example.example_id,
+            prompt=decode_text(opened.tokenizer, context),
+            context=context.tolist(),
+            gold=decode_text(opened.tokenizer, gold, ends),
+        )
+
+
+def _answer(row: _Prompt, generation: Generation) -> Answer:
+    return Answer(
+        example_id=row.example_id,
+        prompt=row.prompt,
+        text=generation.text,
+        stop_reason=generation.stop_reason,
+        gold=row.gold,
+    )
+
+
+def _tokenize(opened: OpenModel) -> Any:
+    def tokenize(text: str) -> list[int]:
+        ids = opened.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [int(token_id) for token_id in ids]
+
+    return tokenize

@@ -1,0 +1,485 @@
+"""A run: from a recipe to a trained model in a run folder, and back into the same run when the same command comes again."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import goldsmith
+from goldsmith import distributed
+from goldsmith.data.loader import Dataset, load_dataset, read_texts
+from goldsmith.data.rendering import Renderer
+from goldsmith.data.tokenizer import load_tokenizer, train_tokenizer
+from goldsmith.errors import MachineError
+from goldsmith.models.likelihood import LikelihoodModel
+from goldsmith.models.load import (
+    init_causal_lm,
+    load_causal_lm,
+    load_config,
+    resolve_device,
+    resolve_model_folder,
+    silence_randomness,
+    stored_dtype,
+)
+from goldsmith.models.proof import prove
+from goldsmith.recipe import Recipe, load_recipe
+from goldsmith.storage import FolderLock, fsync_tree, require_space, write_atomic
+from goldsmith.training.checkpoint import checkpoint_bytes
+from goldsmith.training.progress import progress_reporter
+from goldsmith.training.result import Parity, check_parity, save_model
+from goldsmith.training.trainer import Trainer, TrainingResult, planned_steps
+
+__all__ = ["RunResult", "train"]
+
+Rows = Iterable[Mapping[str, object]]
+RowList = Sequence[Mapping[str, object]]
+
+RECIPE, DATA, ENVIRONMENT, RESULT, TOKENIZER = (
+    "recipe.yaml",
+    "data.json",
+    "environment.json",
+    "result.json",
+    "tokenizer",
+)
+# What may lie in a folder that no run has claimed yet: left by a process that died before it could.
+UNCLAIMED = {".lock", ".tokenizer.tmp", TOKENIZER}
+# The optimizer's update, evaluations and checkpoints come on top of what the calibration measures.
+CALIBRATION_MARGIN = 1.1
+
+# Resolved once, written to the run's recipe.yaml, and read from there afterwards.
+AUTOMATIC_KEYS = ("model.device", "data.max_length", "training.max_steps")
+# What a resumed run may change: it is only shown, kept or cut.
+CHANGEABLE_KEYS = ("training.tokens_per_microbatch", "checkpoint.every_steps", "checkpoint.keep", "output_dir")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run ended with.
+
+    Attributes:
+        output_dir: the run folder; `model/` inside it is the result.
+        already_finished: the command found the run finished and did nothing.
+        training: steps, nll before and after, the best.
+        parity: how the saved model compares with the trained one; None on ranks that wrote nothing.
+        rows: rows of the training data read, and used.
+    """
+
+    output_dir: Path
+    already_finished: bool
+    training: TrainingResult
+    parity: Parity | None
+    rows: dict[str, int]
+
+    @property
+    def model_dir(self) -> Path:
+        """The trained model as a Hugging Face folder."""
+        return self.output_dir / "model"
+
+    def to_json(self) -> dict[str, Any]:
+        """One machine-readable object."""
+        return {**asdict(self), "output_dir": str(self.output_dir), "model_dir": str(self.model_dir)}
+
+    def __str__(self) -> str:
+        training = self.training
+        lines = [f"{self.output_dir}: finished before, nothing done"] if self.already_finished else []
+        early = " (stopped early)" if training.stopped_early else ""
+        lines.append(f"{training.steps:,} steps{early} on {self.rows['used']:,} rows in {training.seconds:,.0f} s")
+        if training.nll_before is not None and training.nll_after is not None:
+            lines.append(f"held-out nll {training.nll_before:.4f} -> {training.nll_after:.4f} nats a token")
+        lines.append(f"model: {self.model_dir}")
+        if self.parity is not None:
+            lines.append(
+                f"  loaded with transformers its log-probabilities are equal to {self.parity.largest_difference:.0e}; "
+                f"rounding to its precision cost {self.parity.rounding_cost:+.1e} nats a token"
+            )
+        return "\n".join(lines)
+
+
+def train(
+    recipe: Recipe,
+    *,
+    train_rows: Rows | None = None,
+    eval_rows: Rows | None = None,
+    quiet: bool = False,
+) -> RunResult:
+    """Train as the recipe says, or go on where the same recipe stopped; a finished run is only reported.
+
+    Args:
+        recipe: see `goldsmith.load_recipe`.
+        train_rows, eval_rows: rows in memory (mappings, or a `datasets.Dataset`) in place of the recipe's files.
+        quiet: no progress on standard error.
+
+    Raises:
+        GoldsmithError: each kind with its own exit code; see `goldsmith.errors`.
+    """
+    device = resolve_device(recipe.model.device)
+    # Rows in memory may be read twice: by a tokenizer that learns, and by the data set.
+    rows = None if train_rows is None else list(train_rows)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(distributed.process_group(device))
+        folder = Path(recipe.output_dir)
+        if distributed.is_main():
+            stack.callback(_remove_if_unused, folder, existed=folder.exists())
+            stack.enter_context(FolderLock(folder))
+        distributed.barrier()
+        stored = _stored_recipe(recipe, folder)
+        if stored is not None and (folder / RESULT).is_file():
+            return _finished(folder)
+        with _explained_disk_full(folder):
+            return _run(recipe, stored, folder, device, rows, eval_rows, quiet=quiet)
+
+
+def _run(
+    recipe: Recipe,
+    stored: Recipe | None,
+    folder: Path,
+    device: torch.device,
+    train_rows: RowList | None,
+    eval_rows: Rows | None,
+    *,
+    quiet: bool,
+) -> RunResult:
+    resolved = recipe if stored is None else _with_resolved(recipe, stored)
+    say = _Say(quiet=quiet or not distributed.is_main())
+
+    tokenizer = _tokenizer(resolved, folder, train_rows)
+    max_length = resolved.data.max_length or _own_limit(resolved)
+    renderer = Renderer(tokenizer, resolved.rendering, max_length)
+    train_data = _dataset(resolved, renderer, "train", train_rows)
+    say(f"training data: {train_data.report.used:,} of {train_data.report.rows_in:,} rows, "
+        f"{train_data.report.gold_tokens:,} gold of {train_data.report.tokens:,} tokens")  # fmt: skip
+    eval_data = None
+    if resolved.data.eval or eval_rows is not None:
+        eval_data = _dataset(resolved, renderer, "eval", eval_rows)
+        say(f"held-out data: {eval_data.report.used:,} of {eval_data.report.rows_in:,} rows")
+
+    causal_lm = _causal_lm(resolved, tokenizer, device)
+    for name, value in silence_randomness(causal_lm).items():
+        say(f"{name}: {value} -> 0, so that the loss depends on the data alone")
+    prove(causal_lm.config, name=resolved.model.path or "model.init")
+    model = LikelihoodModel(causal_lm, label_smoothing=resolved.objective.label_smoothing)
+
+    trainer = Trainer(
+        model=model,
+        train=train_data,
+        evaluation=eval_data,
+        config=resolved.training,
+        objective=resolved.objective,
+        optimizer=resolved.optimizer,
+        evaluation_config=resolved.evaluation,
+        checkpoint=resolved.checkpoint,
+        total_steps=resolved.training.max_steps or planned_steps(train_data, resolved.training),
+        output_dir=folder,
+        progress=progress_reporter(quiet=quiet) if distributed.is_main() else None,
+    )
+    if stored is None:
+        trainer.total_steps = _steps_within_time(trainer, resolved)
+        automatic = {
+            "model.device": str(device),
+            "data.max_length": max_length,
+            "training.max_steps": trainer.total_steps,
+        }
+        resolved = _with_values(resolved, automatic)
+    data_report = _data_report(train_data, eval_data)
+    if distributed.is_main():
+        _require_space(trainer, folder)
+        _claim(folder, resolved, tokenizer, data_report, stored=stored is not None, say=say)
+    distributed.barrier()
+
+    result = trainer.train()
+
+    outcome = RunResult(
+        output_dir=folder,
+        already_finished=False,
+        training=result,
+        parity=None,
+        rows={"read": train_data.report.rows_in, "used": train_data.report.used},
+    )
+    if distributed.is_main():
+        model_dir = folder / "model"
+        save_model(
+            causal_lm, tokenizer, model_dir, dtype=stored_dtype(causal_lm), end_token_ids=sorted(renderer.end_token_ids)
+        )
+        outcome = replace(outcome, parity=check_parity(model_dir, model, eval_data or train_data))
+        write_atomic(folder / RESULT, json.dumps(outcome.to_json(), indent=1) + "\n")
+    distributed.barrier()
+    return outcome
+
+
+# The run folder: whose it is, and what of it is used again
+
+
+def _stored_recipe(recipe: Recipe, folder: Path) -> Recipe | None:
+    """The resolved recipe of the run that the folder holds; None for a new folder.
+
+    Raises:
+        MachineError: the folder holds something else, or the run of another recipe.
+    """
+    path = folder / RECIPE
+    if not path.is_file():
+        foreign = (
+            sorted(entry.name for entry in folder.iterdir() if entry.name not in UNCLAIMED) if folder.is_dir() else []
+        )
+        if foreign:
+            raise MachineError(
+                f"{folder}: not a run of goldsmith: it holds {', '.join(foreign[:5])} and no {RECIPE}",
+                remedy="choose another output_dir",
+            )
+        return None
+    stored = load_recipe(path)
+    differing = {
+        key: (ours, theirs)
+        for key, (ours, theirs) in recipe.differences(stored).items()
+        if key not in CHANGEABLE_KEYS and not (key in AUTOMATIC_KEYS and ours in (None, "auto"))
+    }
+    if differing:
+        lines = "".join(f"\n  {key}: {ours!r} here, {theirs!r} there" for key, (ours, theirs) in differing.items())
+        raise MachineError(
+            f"{folder} belongs to another recipe:{lines}",
+            remedy="choose another output_dir, or give the recipe that began it",
+        )
+    return stored
+
+
+def _with_resolved(recipe: Recipe, stored: Recipe) -> Recipe:
+    """This recipe, with the automatic choices that were made when the run began."""
+    choices = {}
+    for key in AUTOMATIC_KEYS:
+        section, name = key.split(".")
+        choices[key] = getattr(getattr(stored, section), name)
+    return _with_values(recipe, choices)
+
+
+def _with_values(recipe: Recipe, values: Mapping[str, object]) -> Recipe:
+    for key, value in values.items():
+        section, name = key.split(".")
+        recipe = recipe.model_copy(update={section: getattr(recipe, section).model_copy(update={name: value})})
+    return recipe
+
+
+def _claim(
+    folder: Path,
+    resolved: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    data_report: dict[str, Any],
+    *,
+    stored: bool,
+    say: _Say,
+) -> None:
+    """Make the folder this run's, or check that its data is still what the run began with."""
+    data_path, environment_path = folder / DATA, folder / ENVIRONMENT
+    environment = _environment()
+    if stored and data_path.is_file():
+        _require_same_data(json.loads(data_path.read_text()), data_report, folder)
+        if environment_path.is_file():
+            before = json.loads(environment_path.read_text())
+            for key in before.keys() | environment.keys():
+                if before.get(key) != environment.get(key):
+                    say(
+                        f"{key}: {before.get(key)} when the run began, {environment.get(key)} now; "
+                        "the result will be equal to rounding, not to the bit"
+                    )
+        write_atomic(folder / RECIPE, resolved.to_yaml())
+        return
+    if not (folder / TOKENIZER).is_dir():
+        temporary = folder / ".tokenizer.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        tokenizer.save_pretrained(temporary)
+        fsync_tree(temporary)
+        temporary.replace(folder / TOKENIZER)
+    write_atomic(folder / RECIPE, resolved.to_yaml())
+    write_atomic(environment_path, json.dumps(environment, indent=1) + "\n")
+    write_atomic(data_path, json.dumps(data_report, indent=1) + "\n")
+
+
+def _require_same_data(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Refuse to go on with other data.
+
+    Raises:
+        MachineError: a file, or the examples made of it, changed since the run began.
+    """
+    if before == now:
+        return
+    changed = []
+    for split in sorted(before.keys() | now.keys()):
+        old_files = {file["path"]: file for file in before.get(split, {}).get("files", ())}
+        new_files = {file["path"]: file for file in now.get(split, {}).get("files", ())}
+        differing = [path for path in old_files | new_files if old_files.get(path) != new_files.get(path)]
+        if before.get(split, {}).get("fingerprint") != now.get(split, {}).get("fingerprint") or differing:
+            changed.append(f"{split}: {', '.join(differing) or 'the examples made of its rows'}")
+    raise MachineError(
+        f"{folder}: the data is not what the run began with: {'; '.join(changed)}",
+        remedy="restore the files, or train the new data into another output_dir",
+    )
+
+
+def _data_report(train_data: Dataset, eval_data: Dataset | None) -> dict[str, Any]:
+    splits = {"train": train_data, "eval": eval_data}
+    return {
+        split: {**data.report.to_json(), "fingerprint": data.fingerprint()}
+        for split, data in splits.items()
+        if data is not None
+    }
+
+
+def _environment() -> dict[str, Any]:
+    """What the resume law depends on."""
+    return {
+        "goldsmith": goldsmith.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "ranks": distributed.world_size(),
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def _finished(folder: Path) -> RunResult:
+    values = json.loads((folder / RESULT).read_text())
+    return RunResult(
+        output_dir=folder,
+        already_finished=True,
+        training=TrainingResult(**values["training"]),
+        parity=Parity(**values["parity"]),
+        rows=values["rows"],
+    )
+
+
+def _remove_if_unused(folder: Path, *, existed: bool) -> None:
+    """Leave no folder behind where nothing was begun: bad data or a refused model must not claim a name."""
+    if folder.is_dir() and not (folder / RECIPE).exists():
+        left = {entry.name for entry in folder.iterdir()}
+        if left <= UNCLAIMED:
+            if not existed:
+                shutil.rmtree(folder)
+            else:
+                shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
+                (folder / ".lock").unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _explained_disk_full(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise MachineError(
+            f"{folder}: the disk is full ({error.filename or error}); the newest checkpoint is whole",
+            remedy="free disk space and give the same command again: it goes on from the newest checkpoint",
+        ) from error
+    except SafetensorError as error:
+        if "No space left" not in str(error):
+            raise
+        raise MachineError(
+            f"{folder}: the disk is full ({error}); the newest checkpoint is whole",
+            remedy="free disk space and give the same command again: it goes on from the newest checkpoint",
+        ) from error
+
+
+# What the recipe names
+
+
+def _tokenizer(recipe: Recipe, folder: Path, train_rows: RowList | None) -> PreTrainedTokenizerBase:
+    """The run's own tokenizer where it has one already; else learnt from the training rows, or the model's."""
+    if (folder / TOKENIZER).is_dir():
+        return load_tokenizer(str(folder / TOKENIZER))
+    if recipe.tokenizer.train is not None:
+        contexts, golds = read_texts(
+            recipe.data.train if train_rows is None else train_rows, config=recipe.data, base_folder=Path.cwd()
+        )
+        return train_tokenizer(recipe.tokenizer.train, [*contexts, recipe.rendering.separator], gold_texts=golds)
+    path = recipe.tokenizer.path or recipe.model.path
+    assert path is not None
+    return load_tokenizer(path, revision=recipe.model.revision if recipe.tokenizer.path is None else None)
+
+
+def _own_limit(recipe: Recipe) -> int | None:
+    """The positions that the model's configuration names."""
+    if recipe.model.path is not None:
+        config = load_config(resolve_model_folder(recipe.model.path, revision=recipe.model.revision))
+        return getattr(config.get_text_config(), "max_position_embeddings", None)
+    assert recipe.model.init is not None
+    return recipe.model.init.get("max_position_embeddings")
+
+
+def _dataset(recipe: Recipe, renderer: Renderer, split: Literal["train", "eval"], rows: Rows | None) -> Dataset:
+    sources = recipe.data.train if split == "train" else recipe.data.eval
+    return load_dataset(
+        sources if rows is None else rows,
+        config=recipe.data,
+        renderer=renderer,
+        base_folder=Path.cwd(),
+        split=split,
+    )
+
+
+def _causal_lm(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
+    if recipe.model.path is not None:
+        return load_causal_lm(
+            recipe.model.path, revision=recipe.model.revision, dtype=recipe.model.dtype, device=device
+        )
+    assert recipe.model.init is not None
+    return init_causal_lm(
+        recipe.model.init,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        seed=recipe.training.seed,
+        dtype=recipe.model.dtype,
+        device=device,
+    )
+
+
+def _steps_within_time(trainer: Trainer, recipe: Recipe) -> int:
+    """The planned steps, or as many as a calibration says fit into `training.max_seconds`; the same on every rank."""
+    seconds = recipe.training.max_seconds
+    if seconds is None:
+        return trainer.total_steps
+    measured = torch.tensor(trainer.seconds_a_step(), dtype=torch.float64)
+    slowest = float(distributed.sum_tensor(measured)) / distributed.world_size()
+    return max(1, min(trainer.total_steps, int(seconds / (slowest * CALIBRATION_MARGIN))))
+
+
+def _require_space(trainer: Trainer, folder: Path) -> None:
+    """Checkpoints that will lie there at once (the kept, the best, the one being written) and the result."""
+    model = trainer.model.causal_lm
+    at_once = trainer.checkpoint_config.keep + 2 - len(trainer.store.steps())
+    weights = sum(p.numel() for p in model.parameters()) * stored_dtype(model).itemsize
+    needed = max(at_once, 1) * checkpoint_bytes(model) + 2 * weights
+    require_space(folder, needed, f"{at_once} checkpoints and the result")
+
+
+class _Say:
+    """Lines on standard error for a person; nothing when quiet."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+
+    def __call__(self, line: str) -> None:
+        if not self._quiet:
+            print(line, file=sys.stderr, flush=True)
