@@ -249,7 +249,13 @@ class _RecipeDumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        # PyYAML folds lines at Unicode's line breaks too, and loses them, unless they are escaped in double quotes.
+        style = '"' if any(character in data for character in "\r\x85\u2028\u2029") else None
+        return self.represent_scalar(f"{_TAG}str", data, style=style)
 
+
+_RecipeDumper.add_representer(str, _RecipeDumper.represent_str)
 _RecipeDumper.add_implicit_resolver(f"{_TAG}int", re.compile(rf"(?:{_INT.pattern})\Z"), list("-+0123456789"))
 _RecipeDumper.add_implicit_resolver(f"{_TAG}float", re.compile(rf"(?:{_FLOAT.pattern})\Z"), list("-+.0123456789"))
 

@@ -65,6 +65,12 @@ def test_the_recipe_trains_and_the_result_is_used_with_transformers(
     assert {path.name for path in (tmp_path / "runs" / "french").iterdir() if path.name != ".lock"} - {
         "tokenizer"
     } == set(listed)
+    # The resolved recipe means the same run from wherever it is read.
+    monkeypatch.chdir(tmp_path / "runs")
+    again = CliRunner().invoke(app, ["train", "french/recipe.yaml", "--json"])
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["already_finished"] is True
+    monkeypatch.chdir(tmp_path)
     capsys.readouterr()
     exec(compile(block(readme, "transformers"), "README.md", "exec"), {})
     assert capsys.readouterr().out.endswith("\n")

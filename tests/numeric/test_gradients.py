@@ -284,7 +284,7 @@ def test_the_objective_by_itself(targets: int, vocabulary: int, width: int, chun
             hidden_KD, head, ids_K, weights_K, label_smoothing=smoothing, chunk_size=chunk_size
         )
         for sums in (reference, chunked):
-            assert abs(float(sums.weighted_nll - truth)) <= OBJECTIVE_TOLERANCE * abs(float(truth))
+            assert abs(float((sums.weighted_nll - truth).detach())) <= OBJECTIVE_TOLERANCE * abs(float(truth.detach()))
             assert float(sums.weight_sum) == float(weights_K.double().sum())
             torch.testing.assert_close(sums.log_probs_K, own_K.detach(), rtol=OBJECTIVE_TOLERANCE, atol=1e-12)
             for got, true in zip(torch.autograd.grad(sums.weighted_nll, leaves), true_gradients, strict=True):

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -390,9 +389,3 @@ def test_an_encoding_that_cannot_show_a_text_is_no_bug(repository: Path) -> None
         output, _ = process.communicate(timeout=30)
     assert process.returncode == 0
     assert output == b"?" * 100_000 + b"\n"
-
-
-def test_the_stand_in_is_not_needed_elsewhere() -> None:
-    # `from goldsmith import workflows` inside a command must find the module, not a lazily resolved name.
-    assert "workflows" not in goldsmith.__all__
-    assert not isinstance(vars(goldsmith).get("workflows"), Workflows | types.SimpleNamespace)

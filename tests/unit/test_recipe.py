@@ -374,7 +374,9 @@ def test_to_yaml_gives_every_value_and_loads_back_equal(load: Load, tmp_path: Pa
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     separator=st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-    | st.sampled_from(["1e5", "1e-4", "null", "~", "no", "0x1", "1_0", ".5", "1:30", "2024-01-01", "<<", "=", "- a"]),
+    | st.sampled_from(
+        ["1e5", "1e-4", "null", "~", "no", "0x1", "1_0", ".5", "1:30", "2024-01-01", "<<", "=", "\x85", "a\u2028 b"]
+    ),
     rate=st.floats(min_value=1e-300, max_value=1e300),
     free=st.dictionaries(st.sampled_from(["1", "on", "x y"]), st.integers() | st.floats(-1e9, 1e9) | st.booleans()),
 )

@@ -127,7 +127,7 @@ def _check_unicode(text: str, name: str) -> None:
 
 def _wrong_type(value: object, name: str, wanted: str) -> _BadRowError:
     return _BadRowError(
-        "wrong type", f"the field {name!r} must be {wanted}, but is a {type(value).__name__}: {shorten(value)}"
+        "wrong type", f"the field {name!r} must be {wanted}, but is of type {type(value).__name__}: {shorten(value)}"
     )
 
 

@@ -9,8 +9,9 @@ example a turn.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -80,19 +81,25 @@ class Renderer:
         self.num_straddles = 0
         self._turn_end_ids: set[int] = set()
         self._beginning = beginning_ids(tokenizer)
-        # In a plain row a literal `</s>` is text that the user wrote; in a chat the template's markers are control tokens.
-        self._encode_plain = _Encoder(tokenizer, split_special_tokens=True)
-        self._encode_chat = _Encoder(tokenizer, split_special_tokens=False)
         if config.boundary == "joint" and not self._encode_plain.has_offsets:
             raise ConfigError(
                 f"rendering.boundary joint needs a tokenizer with character offsets, which {type(tokenizer).__name__} lacks",
                 remedy="use `boundary: separate`, or a tokenizer that has a tokenizer.json",
             )
-        added = sorted((str(token) for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-        special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self._added_token = re.compile("|".join(re.escape(token) for token in added)) if added else None
-        self._control_token = re.compile("|".join(re.escape(token) for token in special)) if special else None
+        added = list(tokenizer.added_tokens_decoder.values())
+        # Some vocabularies add runs of white space as tokens; those end no turn.
+        self._added_token = _one_of(str(token) for token in added if str(token).strip())
+        self._control_token = _one_of(str(token) for token in added if token.special)
         self._frame: tuple[str, str] | None = None
+
+    # In a plain row a literal `</s>` is text that the user wrote; in a chat the template's markers are control tokens.
+    @functools.cached_property
+    def _encode_plain(self) -> _Encoder:
+        return _Encoder(self.tokenizer, split_special_tokens=True)
+
+    @functools.cached_property
+    def _encode_chat(self) -> _Encoder:
+        return _Encoder(self.tokenizer, split_special_tokens=False)
 
     @property
     def has_chat_template(self) -> bool:
@@ -499,7 +506,10 @@ class _Encoder:
         self._split_special_tokens = split_special_tokens
         self._backend: Tokenizer | None = None
         if isinstance(tokenizer, PreTrainedTokenizerFast):
-            self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+            # A backend with parts written in Python cannot be copied; then the slower way below gives the same ids.
+            with contextlib.suppress(Exception):
+                self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        if self._backend is not None:
             self._backend.no_truncation()
             self._backend.no_padding()
             self._backend.encode_special_tokens = split_special_tokens or tokenizer.split_special_tokens
@@ -529,6 +539,12 @@ class _Encoder:
             raise TypeError("the tokenizer knows no character offsets")
         encodings = self._backend.encode_batch(texts, add_special_tokens=False)
         return [(encoding.ids, [end for _, end in encoding.offsets]) for encoding in encodings]
+
+
+def _one_of(tokens: Iterable[str]) -> re.Pattern[str] | None:
+    """A pattern that finds the first of the tokens, the longest where several begin; None for no tokens."""
+    ordered = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(re.escape(token) for token in ordered)) if ordered else None
 
 
 def _fit(tail: str, content: str, frame: tuple[str, str]) -> tuple[str, str] | None:

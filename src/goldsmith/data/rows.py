@@ -312,7 +312,7 @@ def _not_an_object(source: str, value: object) -> Rejection:
 
 
 def _type_name(value: object) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"
+    return "null" if value is None else f"of type {type(value).__name__}"
 
 
 def _not_utf8(source: str, error: UnicodeDecodeError) -> Rejection:
@@ -555,6 +555,8 @@ def _csv_records(handle: IO[bytes], shown: str) -> Iterator[_Record]:
                 detail = (
                     "a quoted field is opened and never closed; close it, or double a quote that belongs to the text"
                 )
+            elif "new-line character" in str(error):
+                detail = "a carriage return stands in a field that is not quoted; quote the field"
             else:
                 detail = (
                     f"{error} (lines {start} to {reader.line_num}); quote the field, and double the quotes inside it"

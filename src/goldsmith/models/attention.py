@@ -29,7 +29,17 @@ from transformers import AttentionInterface
 
 from goldsmith.errors import ModelError
 
-__all__ = ["PACKED_ATTENTION", "PackLayout", "SegmentGroup", "group_segments", "pack_layout", "packed_attention"]
+__all__ = [
+    "PACKED_ATTENTION",
+    "PackLayout",
+    "SegmentGroup",
+    "attend",
+    "attend_backward",
+    "current_layout",
+    "group_segments",
+    "pack_layout",
+    "packed_attention",
+]
 
 PACKED_ATTENTION = "goldsmith_packed"
 
@@ -69,16 +79,24 @@ class PackLayout:
         num_tokens: N.
         groups: longest segments first.
         slot_N: int64 [N], where each token stands in the groups laid end to end.
+        gold_rows_R: int64 [R], ascending: the only positions whose last hidden state is wanted; a layer that knows that
+            it is the last may leave out the others, and then returns [1, R, ...]. None: all are wanted.
         masks: masks of sliding windows, filled as layers ask for them.
     """
 
     num_tokens: int
     groups: tuple[SegmentGroup, ...]
     slot_N: torch.Tensor
+    gold_rows_R: torch.Tensor | None = None
     masks: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def plan(cls, segment_lengths: Sequence[int], device: torch.device | str = "cpu") -> PackLayout:
+    def plan(
+        cls,
+        segment_lengths: Sequence[int],
+        device: torch.device | str = "cpu",
+        gold_rows_R: torch.Tensor | None = None,
+    ) -> PackLayout:
         """The layout of segments of these lengths, in pack order."""
         lengths = torch.as_tensor(segment_lengths, dtype=torch.int64)
         num_tokens = int(lengths.sum())
@@ -107,7 +125,7 @@ class PackLayout:
             )
             first += size
             offset += size * longest
-        return cls(num_tokens=num_tokens, groups=tuple(groups), slot_N=slot_N.to(device))
+        return cls(num_tokens=num_tokens, groups=tuple(groups), slot_N=slot_N.to(device), gold_rows_R=gold_rows_R)
 
     def window_mask(self, queries: int, keys: int, window: int, like: torch.Tensor) -> torch.Tensor:
         """Additive [queries, keys]: the last query sees the last key, each sees `window` keys up to itself."""
@@ -155,6 +173,11 @@ def group_segments(lengths: Sequence[int]) -> list[int]:
 
 
 _layout: ContextVar[PackLayout | None] = ContextVar("goldsmith_pack_layout", default=None)
+
+
+def current_layout() -> PackLayout | None:
+    """The layout of the pack that is being computed; None outside of one."""
+    return _layout.get()
 
 
 @contextmanager
@@ -209,7 +232,7 @@ def packed_attention(
     if softcap is None and dropout == 0.0 and _is_cpu(query) and query.shape[-1] == value.shape[-1]:
         apply: Callable[..., torch.Tensor] = _PackedFlashCPU.apply
         return apply(query, key, value, layout, scale, sliding_window), None
-    padded = [_gather_groups(tensor, layout) for tensor in (query, key, value)]
+    padded = [_gather_groups(tensor[0].transpose(0, 1), layout) for tensor in (query, key, value)]
     outputs = []
     for group, group_query, group_key, group_value in zip(layout.groups, *padded, strict=True):
         if softcap is not None:
@@ -259,17 +282,14 @@ def _soft_capped(
     return functional.dropout(probabilities, dropout) @ value
 
 
-def _gather_groups(tensor: torch.Tensor, layout: PackLayout) -> list[torch.Tensor]:
-    """[1, H, N, D] -> a [G, H, L, D] view or copy for each group."""
-    heads, width = tensor.shape[1], tensor.shape[3]
-    rows_NHD = tensor[0].transpose(0, 1)
-    padded = []
+def _gather_groups(rows_NHD: torch.Tensor, layout: PackLayout) -> Iterator[torch.Tensor]:
+    """[N, H, D] -> a [G, H, L, D] view or copy for each group."""
+    heads, width = rows_NHD.shape[1:]
     for group in layout.groups:
         is_alone = group.start >= 0
         own = slice(group.start, group.start + group.length)
         rows = rows_NHD[own] if is_alone else rows_NHD.index_select(0, group.token_GL)
-        padded.append(rows.view(group.num_segments, group.length, heads, width).transpose(1, 2))
-    return padded
+        yield rows.view(group.num_segments, group.length, heads, width).transpose(1, 2)
 
 
 Call = tuple[slice, slice, torch.Tensor | None]  # queries, keys, mask (None: causal over the same positions)
@@ -295,8 +315,99 @@ _flash_backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] 
 )
 
 
+def attend(
+    query_NHD: torch.Tensor,
+    key_NHD: torch.Tensor,
+    value_NHD: torch.Tensor,
+    layout: PackLayout,
+    scale: float,
+    window: int | None,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Packed attention on the CPU, outside of autograd.
+
+    Args:
+        query_NHD: may be a slice of a larger tensor; key and value may have fewer heads.
+
+    Returns:
+        The attended values [N, H, D], contiguous, and what `attend_backward` needs besides the arguments.
+    """
+    heads, width = query_NHD.shape[1], value_NHD.shape[2]
+    out_NHD = query_NHD.new_empty(layout.num_tokens, heads, width)
+    saved: list[torch.Tensor] = []
+    padded = (_gather_groups(tensor, layout) for tensor in (query_NHD, key_NHD, value_NHD))
+    for group, group_query, group_key, group_value in zip(layout.groups, *padded, strict=True):
+        blocks = []
+        for queries, keys, mask in _calls(group, layout, window, query_NHD):
+            out, log_normalizer = _flash(
+                group_query[:, :, queries],
+                group_key[:, :, keys],
+                group_value[:, :, keys],
+                0.0,
+                mask is None,
+                attn_mask=mask,
+                scale=scale,
+            )
+            blocks.append(out)
+            saved += [out, log_normalizer]
+        _scatter_group(blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2), group, out_NHD)
+    return out_NHD, saved
+
+
+def attend_backward(
+    grad_NHD: torch.Tensor,
+    query_NHD: torch.Tensor,
+    key_NHD: torch.Tensor,
+    value_NHD: torch.Tensor,
+    saved: Sequence[torch.Tensor],
+    layout: PackLayout,
+    scale: float,
+    window: int | None,
+    *,
+    into: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> None:
+    """The gradients of query, key and value, written over the three tensors `into`."""
+    padded = (_gather_groups(tensor, layout) for tensor in (query_NHD, key_NHD, value_NHD, grad_NHD))
+    left = iter(saved)
+    for group, group_query, group_key, group_value, group_grad in zip(layout.groups, *padded, strict=True):
+        if group.is_token_GL is not None:
+            # A padded slot repeats a token, and must not repeat its gradient.
+            group_grad = group_grad * group.is_token_GL.view(group.num_segments, 1, group.length, 1)
+        calls = _calls(group, layout, window, query_NHD)
+        sums = [torch.zeros_like(t) for t in (group_query, group_key, group_value)] if len(calls) > 1 else []
+        parts: tuple[torch.Tensor, ...] = ()
+        for queries, keys, mask in calls:
+            parts = _flash_backward(
+                group_grad[:, :, queries],
+                group_query[:, :, queries],
+                group_key[:, :, keys],
+                group_value[:, :, keys],
+                next(left),
+                next(left),
+                0.0,
+                mask is None,
+                attn_mask=mask,
+                scale=scale,
+            )
+            for total, part, where in zip(sums, parts, (queries, keys, keys), strict=False):
+                total[:, :, where] += part
+        for target_NHD, part in zip(into, sums or parts, strict=True):
+            _scatter_group(part, group, target_NHD)
+
+
+def _scatter_group(padded: torch.Tensor, group: SegmentGroup, target_NHD: torch.Tensor) -> None:
+    """Write a group's [G, H, L, D] to its tokens; padding is dropped."""
+    if group.start >= 0:
+        target_NHD[group.start : group.start + group.length] = padded[0].transpose(0, 1)
+        return
+    rows = padded.transpose(1, 2).flatten(0, 1)
+    if group.is_token_GL is None:
+        target_NHD[group.token_GL] = rows
+    else:
+        target_NHD[group.token_GL[group.is_token_GL]] = rows[group.is_token_GL]
+
+
 class _PackedFlashCPU(torch.autograd.Function):
-    """PyTorch's CPU flash kernel over the groups of a pack. Only the unpadded tensors are kept for the backward pass."""
+    """`attend` for autograd; [1, H, N, D] in and [1, N, H, D] out. Only unpadded tensors are kept."""
 
     @staticmethod
     def forward(
@@ -308,78 +419,19 @@ class _PackedFlashCPU(torch.autograd.Function):
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        heads, width = query.shape[1], value.shape[3]
-        out_NHD = query.new_empty(layout.num_tokens, heads, width)
-        saved_outputs: list[torch.Tensor] = []
-        groups = zip(layout.groups, *(_gather_groups(tensor, layout) for tensor in (query, key, value)), strict=True)
-        for group, group_query, group_key, group_value in groups:
-            blocks = []
-            for queries, keys, mask in _calls(group, layout, window, query):
-                out, log_normalizer = _flash(
-                    group_query[:, :, queries],
-                    group_key[:, :, keys],
-                    group_value[:, :, keys],
-                    0.0,
-                    mask is None,
-                    attn_mask=mask,
-                    scale=scale,
-                )
-                blocks.append(out)
-                saved_outputs += [out, log_normalizer]
-            rows = (blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)).transpose(1, 2).flatten(0, 1)
-            if group.start >= 0:
-                out_NHD[group.start : group.start + group.length] = rows
-            elif group.is_token_GL is None:
-                out_NHD[group.token_GL] = rows
-            else:
-                out_NHD[group.token_GL[group.is_token_GL]] = rows[group.is_token_GL]
-        ctx.save_for_backward(query, key, value, *saved_outputs)
+        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+        out_NHD, saved = attend(*rows, layout, scale, window)
+        ctx.save_for_backward(*rows, *saved)
         ctx.layout, ctx.scale, ctx.window = layout, scale, window
         return out_NHD[None]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
-        query, key, value, *saved_outputs = ctx.saved_tensors
-        layout: PackLayout = ctx.layout
-        gradients = [torch.empty_like(tensor[0].transpose(0, 1)) for tensor in (query, key, value)]
-        groups = zip(
-            layout.groups,
-            *(_gather_groups(tensor, layout) for tensor in (query, key, value, grad_out.transpose(1, 2))),
-            strict=True,
-        )
-        saved = iter(saved_outputs)
-        for group, group_query, group_key, group_value, group_grad in groups:
-            if group.is_token_GL is not None:
-                # A padded slot repeats a token, and must not repeat its gradient.
-                group_grad = group_grad * group.is_token_GL.view(group.num_segments, 1, group.length, 1)
-            calls = _calls(group, layout, ctx.window, query)
-            sums = [torch.zeros_like(t) for t in (group_query, group_key, group_value)] if len(calls) > 1 else []
-            parts: tuple[torch.Tensor, ...] = ()
-            for queries, keys, mask in calls:
-                parts = _flash_backward(
-                    group_grad[:, :, queries],
-                    group_query[:, :, queries],
-                    group_key[:, :, keys],
-                    group_value[:, :, keys],
-                    next(saved),
-                    next(saved),
-                    0.0,
-                    mask is None,
-                    attn_mask=mask,
-                    scale=ctx.scale,
-                )
-                for total, part, where in zip(sums, parts, (queries, keys, keys), strict=False):
-                    total[:, :, where] += part
-            for gradient_NHD, padded in zip(gradients, sums or parts, strict=True):
-                rows = padded.transpose(1, 2).flatten(0, 1)
-                if group.start >= 0:
-                    gradient_NHD[group.start : group.start + group.length] = rows
-                elif group.is_token_GL is None:
-                    gradient_NHD[group.token_GL] = rows
-                else:
-                    gradient_NHD[group.token_GL[group.is_token_GL]] = rows[group.is_token_GL]
-        return (*(gradient.transpose(0, 1)[None] for gradient in gradients), None, None, None)
+        query, key, value, *saved = ctx.saved_tensors
+        into = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+        attend_backward(grad_out[0], query, key, value, saved, ctx.layout, ctx.scale, ctx.window, into=into)
+        return (*(gradient.transpose(0, 1)[None] for gradient in into), None, None, None)
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from goldsmith.errors import ModelError
 from goldsmith.models.attention import PACKED_ATTENTION, PackLayout, pack_layout
+from goldsmith.models.decoder_layers import install_decoder_layers
 from goldsmith.objective.cross_entropy import ObjectiveSums, OutputHead
 from goldsmith.objective.linear_cross_entropy import linear_cross_entropy
 from goldsmith.types import PackedBatch
@@ -37,6 +38,8 @@ class LikelihoodModel(nn.Module):
         self.chunk_size = chunk_size
         self.label_smoothing = label_smoothing
         self.use_packed_attention()
+        # Layers computed by hand leave out, in the last of them, all positions but the gold.
+        self.num_layers_by_hand = install_decoder_layers(causal_lm)
 
     def use_packed_attention(self) -> None:
         """Set the model's attention to packed, as it must be for `forward`."""
@@ -59,16 +62,19 @@ class LikelihoodModel(nn.Module):
             soft_cap=getattr(config, "final_logit_softcapping", None),
         )
 
-    def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
-        """[N, D]: the decoder's last hidden states over the whole pack."""
+    def gold_states(self, batch: PackedBatch) -> torch.Tensor:
+        """[K, D]: the decoder's last hidden states at the positions that predict gold."""
         if bool((batch.segment_parents >= 0).any()):
             raise RuntimeError("segments with a parent (shared context) are not computed by this version")
-        layout = PackLayout.plan(batch.segment_lengths.tolist(), device=batch.input_ids.device)
+        rows_R, row_of_target_K = torch.unique(batch.target_positions, return_inverse=True)
+        layout = PackLayout.plan(batch.segment_lengths.tolist(), device=batch.input_ids.device, gold_rows_R=rows_R)
         with pack_layout(layout):
             decoder = self.causal_lm.get_decoder()
             output = decoder(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False)
         hidden: torch.Tensor = output.last_hidden_state[0]
-        return hidden
+        if hidden.shape[0] == batch.num_tokens:
+            return hidden.index_select(0, batch.target_positions)
+        return hidden if rows_R.shape == row_of_target_K.shape else hidden.index_select(0, row_of_target_K)
 
     def forward(self, batch: PackedBatch, coefficients_K: torch.Tensor | None = None) -> ObjectiveSums:
         """Sums over the gold of a pack.
@@ -77,7 +83,7 @@ class LikelihoodModel(nn.Module):
             batch: on the model's device.
             coefficients_K: the factor of each gold token's loss; `batch.target_weights` by default.
         """
-        hidden_KD = self.hidden_states(batch).index_select(0, batch.target_positions)
+        hidden_KD = self.gold_states(batch)
         weights_K = batch.target_weights if coefficients_K is None else coefficients_K
         return linear_cross_entropy(
             hidden_KD,

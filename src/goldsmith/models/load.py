@@ -12,6 +12,7 @@ import difflib
 import json
 import logging
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -414,7 +415,8 @@ def _check_weight_files(files: list[Path]) -> torch.dtype:
     if not floating:
         seen = ", ".join(sorted(num_elements)) or "no tensors"
         raise ModelError(
-            f"{files[0].parent}: the weights are not floating point ({seen})", remedy="use the unquantised original"
+            f"{files[0].parent}: the weights are in no floating point type that can be trained ({seen})",
+            remedy="use the unquantised original",
         )
     return _SAFETENSORS_DTYPES[max(floating, key=lambda name: floating[name])]
 
@@ -596,8 +598,11 @@ def quiet_transformers(*, progress_bar: bool) -> Iterator[None]:
         yield
     finally:
         _logging.set_verbosity(verbosity)
-        if had_bar:
-            _logging.enable_progress_bar()
+        if had_bar and not progress_bar:
+            with warnings.catch_warnings():
+                # huggingface_hub warns where the user's environment keeps its bars off; they stay off then.
+                warnings.simplefilter("ignore")
+                _logging.enable_progress_bar()
 
 
 def _ready(model: Any, device: torch.device, stored: torch.dtype) -> PreTrainedModel:

@@ -214,6 +214,7 @@ def _narrow(values: Mapping[str, Any], native: Mapping[str, str]) -> dict[str, A
         found = values.get(native.get(name, name))
         return found if isinstance(found, int) else 0
 
+    vocabulary = min(size_of("vocab_size") or _VOCABULARY, _VOCABULARY)
     old_heads = size_of("num_attention_heads") or 4
     old_hidden = size_of("hidden_size") or 64
     old_head_dim = size_of("head_dim") or max(1, old_hidden // old_heads)
@@ -232,8 +233,8 @@ def _narrow(values: Mapping[str, Any], native: Mapping[str, str]) -> dict[str, A
             return {inner: smaller(str(inner), inner_value) for inner, inner_value in value.items()}
         if _TOKEN_ID.search(key):
             if isinstance(value, int):
-                return value % _VOCABULARY if value >= 0 else value
-            return [item % _VOCABULARY for item in value] if isinstance(value, list) else value
+                return value % vocabulary if value >= 0 else value
+            return [item % vocabulary for item in value] if isinstance(value, list) else value
         if isinstance(value, list) and _WIDTH_KEY.search(key):
             return [smaller(key, item) for item in value]
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
@@ -246,7 +247,7 @@ def _narrow(values: Mapping[str, Any], native: Mapping[str, str]) -> dict[str, A
         if not isinstance(value, int):
             return value
         if _VOCABULARY_KEY.search(key):
-            return min(value, _VOCABULARY)
+            return min(value, vocabulary)
         if key in _WINDOW_KEYS:
             return min(value, _WINDOW)
         if key in _POSITION_KEYS:
@@ -373,7 +374,9 @@ class _Trace:
 
 def _carry_out(config: PreTrainedConfig, name: str, device: torch.device) -> Proof:
     label = f"{name} ({config.model_type})"
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or _MAX_POSITIONS
+    text_config = config.get_text_config()
+    longest = getattr(text_config, "max_position_embeddings", None) or _MAX_POSITIONS
+    vocabulary = text_config.vocab_size
     lengths = tuple(min(length, longest) for length in _ROW_LENGTHS)
     # A second set of weights is tried, since a router may flip on a near-tie; a fault fails on both.
     for seed in _SEEDS:
@@ -381,9 +384,9 @@ def _carry_out(config: PreTrainedConfig, name: str, device: torch.device) -> Pro
             model = _random_model(config, seed).to(device)  # type: ignore[arg-type]
             if any(key.rpartition(".")[2] == "sinks" for key, _ in model.named_parameters()):
                 raise ModelError("uses attention sinks, which packed attention does not compute")
-            rows = _rows(lengths, seed)
+            rows = _rows(lengths, vocabulary, seed)
             others = [*rows]
-            others[_LONG_ROW] = _rows(lengths, seed + 100)[_LONG_ROW]
+            others[_LONG_ROW] = _rows(lengths, vocabulary, seed + 100)[_LONG_ROW]
             alone = _run_alone(model, rows)
             likelihood = LikelihoodModel(model).eval()
             packed = _run_packed(likelihood, rows)
@@ -459,10 +462,10 @@ def _random_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     return model
 
 
-def _rows(lengths: Sequence[int], seed: int) -> list[TokenizedExample]:
+def _rows(lengths: Sequence[int], vocabulary: int, seed: int) -> list[TokenizedExample]:
     """Random rows; every token but the first is a target."""
     generator = np.random.default_rng(seed)
-    ids = [generator.integers(0, _VOCABULARY, size=length).astype(np.int32) for length in lengths]
+    ids = [generator.integers(0, vocabulary, size=length).astype(np.int32) for length in lengths]
     ids[_PREFIX_ROW] = ids[_LONG_ROW][: lengths[_PREFIX_ROW]].copy()
     rows = []
     for number, token_ids in enumerate(ids):

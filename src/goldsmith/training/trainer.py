@@ -324,6 +324,10 @@ class Trainer:
         if not steps:
             return False
         self.state = self.store.load(steps[-1], self.model.causal_lm, self.optimizer)
+        if distributed.is_main():
+            # A process that died right after a save had no time to do it.
+            self.store.prune(best_step=self.state.best_step)
+        distributed.barrier()
         return True
 
     def train(self) -> TrainingResult:
@@ -334,37 +338,33 @@ class Trainer:
             StoppedBySignal: after SIGINT or SIGTERM, when a checkpoint was written.
             CheckpointError: the newest checkpoint is damaged.
         """
-        self.model.train()
-        self.resume()
-        run_started = time.monotonic() - self.state.elapsed_seconds
-        main = distributed.is_main()
-        metrics = JsonLinesWriter(self.output_dir / "metrics.jsonl", offset=self.state.metrics_offset) if main else None
-        examples_file = (
-            JsonLinesWriter(self.output_dir / "examples.jsonl", offset=self.state.examples_offset) if main else None
-        )
-
-        def log(record: StepRecord | EvaluationRecord, examples: list[ExampleRecord] | None = None) -> None:
-            if metrics is not None and examples_file is not None:
-                metrics.append(record.to_json())
-                examples_file.append(*(example.to_json() for example in examples or ()))
-                metrics.flush()
-                fail_point("metrics.append")
-
-        def save() -> None:
-            if metrics is not None and examples_file is not None:
-                self.state = replace(
-                    self.state,
-                    metrics_offset=metrics.sync(),
-                    examples_offset=examples_file.sync(),
-                    elapsed_seconds=time.monotonic() - run_started,
-                )
-                self.store.save(self.model.causal_lm, self.optimizer, self.state)
-            distributed.barrier()
-
         with contextlib.ExitStack() as stack:
-            for writer in (metrics, examples_file):
-                if writer is not None:
-                    stack.callback(writer.close)
+            # Whatever draws a random number draws the same in every run of a recipe; the caller's own state stays.
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            torch.manual_seed(self.config.seed)
+            self.model.train()
+            self.resume()
+            run_started = time.monotonic() - self.state.elapsed_seconds
+            metrics, examples_file = self._writers(stack)
+
+            def log(record: StepRecord | EvaluationRecord, examples: list[ExampleRecord] | None = None) -> None:
+                if metrics is not None and examples_file is not None:
+                    metrics.append(record.to_json())
+                    examples_file.append(*(example.to_json() for example in examples or ()))
+                    metrics.flush()
+                    fail_point("metrics.append")
+
+            def save() -> None:
+                if metrics is not None and examples_file is not None:
+                    self.state = replace(
+                        self.state,
+                        metrics_offset=metrics.sync(),
+                        examples_offset=examples_file.sync(),
+                        elapsed_seconds=time.monotonic() - run_started,
+                    )
+                    self.store.save(self.model.causal_lm, self.optimizer, self.state)
+                distributed.barrier()
+
             stop_requested = stack.enter_context(stop_on_signals())
             stack.enter_context(self.progress)
             self.progress.start(done=self.state.step, total=self.total_steps)
@@ -398,6 +398,16 @@ class Trainer:
                         remedy="the same command goes on from there",
                     )
         return self.result()
+
+    def _writers(self, stack: contextlib.ExitStack) -> tuple[JsonLinesWriter, JsonLinesWriter] | tuple[None, None]:
+        """metrics.jsonl and examples.jsonl, cut back to the checkpoint; closed with `stack`. Only the main process has them."""
+        if not distributed.is_main():
+            return None, None
+        metrics = JsonLinesWriter(self.output_dir / "metrics.jsonl", offset=self.state.metrics_offset)
+        stack.callback(metrics.close)
+        examples = JsonLinesWriter(self.output_dir / "examples.jsonl", offset=self.state.examples_offset)
+        stack.callback(examples.close)
+        return metrics, examples
 
     def _evaluates_after(self, step: int) -> bool:
         every = self.evaluation_config.every_steps

@@ -3,7 +3,8 @@
 A folder and not one file, because a run, the use of a model and the demo are three things; see `design/0001-the-house.md`.
 """
 
+from goldsmith.workflows.demo import DemoResult, demo
 from goldsmith.workflows.models import compare_files, generate, score
 from goldsmith.workflows.run import RunResult, train
 
-__all__ = ["RunResult", "compare_files", "generate", "score", "train"]
+__all__ = ["DemoResult", "RunResult", "compare_files", "demo", "generate", "score", "train"]

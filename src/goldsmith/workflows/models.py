@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from goldsmith.data.loader import Dataset, load_dataset
@@ -286,7 +287,7 @@ def _contexts(opened: OpenModel, data: str | Rows, columns: Columns | None, limi
         context, gold = split_example(example)
         yield _Prompt(
             example_id=example.example_id,
-            prompt=decode_text(opened.tokenizer, context),
+            prompt=dataset.context_text(index, opened.tokenizer),
             context=context.tolist(),
             gold=decode_text(opened.tokenizer, gold, ends),
         )

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def save_sharded(folder: Path) -> list[str]:
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     weight_map = {}
-    for number, (key, tensor) in enumerate(tensors.items()):
+    for number, key in enumerate(tensors):
         shard = f"model-{number % 2 + 1:05d}-of-00002.safetensors"
         weight_map[key] = shard
     for shard in set(weight_map.values()):
@@ -123,6 +123,16 @@ class TestLoading:
             tmp_path
         )
         assert load_causal_lm(tmp_path)(IDS).logits.shape == (1, 4, 40)
+
+    def test_gpt2_as_it_was_first_published(self, tmp_path: Path) -> None:
+        # Names without the prefix, no output layer (it is tied), and the causal masks among the weights.
+        model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=40, n_positions=16))
+        model.save_pretrained(tmp_path)
+        tensors = load_file(tmp_path / "model.safetensors")
+        tensors = {key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}
+        tensors["h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        assert torch.equal(load_causal_lm(tmp_path)(IDS).logits, model.eval()(IDS).logits)
 
     def test_published_model(self, shared_folder: Path) -> None:
         model = load_causal_lm(shared_folder / "models" / "stories260k")
@@ -302,7 +312,7 @@ class TestHostileFolders:
     def test_integer_weights(self, folder: Path) -> None:
         tensors = {k: v.to(torch.int8) for k, v in load_file(folder / "model.safetensors").items()}
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        self.refused(folder, "not floating point", "I8")
+        self.refused(folder, "no floating point type", "I8")
 
     def test_revision_with_a_folder(self, folder: Path) -> None:
         with pytest.raises(ConfigError, match="is a folder"):
@@ -327,18 +337,22 @@ class TestHostileFolders:
         monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder))
         self.refused("somebody/model", "somebody/model: has no weights")
 
+    @pytest.mark.filterwarnings("ignore:Cannot enable progress bars")
     def test_random_state_and_logging_are_left_alone(self, folder: Path) -> None:
         from transformers.utils import logging as transformers_logging
 
-        before = torch.get_rng_state(), transformers_logging.get_verbosity()
-        load_causal_lm(folder)
-        assert torch.equal(before[0], torch.get_rng_state())
-        assert transformers_logging.get_verbosity() == before[1]
-        assert transformers_logging.is_progress_bar_enabled()
+        for has_bar in (True, False):
+            switch = transformers_logging.enable_progress_bar if has_bar else transformers_logging.disable_progress_bar
+            switch()
+            random_state, verbosity = torch.get_rng_state(), transformers_logging.get_verbosity()
+            load_causal_lm(folder)
+            assert torch.equal(random_state, torch.get_rng_state())
+            assert transformers_logging.get_verbosity() == verbosity
+            assert transformers_logging.is_progress_bar_enabled() == has_bar
 
 
 class TestInit:
-    INIT = {"architecture": "llama", **{k: v for k, v in TINY.items() if k != "vocab_size"}}
+    INIT: ClassVar[dict[str, Any]] = {"architecture": "llama", **{k: v for k, v in TINY.items() if k != "vocab_size"}}
 
     def test_deterministic_given_the_seed_and_global_state_untouched(self) -> None:
         state = torch.get_rng_state()

@@ -313,7 +313,7 @@ def test_rotary_scaling_that_does_not_look_at_the_batch_holds(rope_type: str) ->
     prove(LlamaConfig(rope_parameters=rope), name=rope_type)
 
 
-def test_a_model_with_few_positions() -> None:
+def test_a_model_with_few_positions_and_tokens() -> None:
     config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=12, vocab_size=20)
     assert max(prove(config, name="short").row_lengths) == 12
 
