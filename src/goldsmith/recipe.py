@@ -52,7 +52,7 @@ MAX_SHOWN_CHARACTERS = 60
 
 
 class Recipe(BaseModel):
-    """All settings of one run. Every value has a default but `model` and `data.train`.
+    """All settings of one run. Every value has a default but `model` and `data.train` (which rows given from Python replace).
 
     Building one in Python is like writing one: `Recipe.from_mapping({"model": {...}, "data": {"train": "a.jsonl"}})`.
     """
@@ -172,7 +172,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         typed = any(key[: len(override)] == override for override in document.overrides)
         return Path.cwd() if typed or key == ("output_dir",) else file.resolve().parent
 
-    return _absolute_paths(_validated(document), folder_of)
+    recipe = _validated(document)
+    if not recipe.data.train:
+        place = document.place(("data", "train"))
+        raise ConfigError(f"{place}: data.train: missing, and it has no default", remedy="name the files to train on")
+    return _absolute_paths(recipe, folder_of)
 
 
 # --- YAML -> plain values, with the line of every key

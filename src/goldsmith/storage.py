@@ -132,16 +132,17 @@ def verify_manifest(folder: Path) -> None:
     remedy = f"remove {folder}; the same command then goes on from the checkpoint before it, or from the start"
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: missing or unreadable ({error})", remedy=remedy) from error
-    for name, expected in files.items():
+    for name, (num_bytes, digest) in expected.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: missing", remedy=remedy)
-        if path.stat().st_size != expected["bytes"]:
+        if path.stat().st_size != num_bytes:
             seen = path.stat().st_size
-            raise CheckpointError(f"{path}: {seen:,} bytes, the manifest says {expected['bytes']:,}", remedy=remedy)
-        if sha256_file(path) != expected["sha256"]:
+            raise CheckpointError(f"{path}: {seen:,} bytes, the manifest says {num_bytes:,}", remedy=remedy)
+        if sha256_file(path) != digest:
             raise CheckpointError(f"{path}: its sha256 differs from the manifest", remedy=remedy)
 
 
@@ -196,22 +197,32 @@ class FolderLock:
         self._file: IO[str] | None = None
 
     def __enter__(self) -> FolderLock:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = (self.folder / ".lock").open("a+")
-        except OSError as error:
-            raise MachineError(
-                f"{self.folder}: cannot be written ({error.strerror})", remedy="choose another output_dir"
-            ) from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            self._file.close()
-            raise MachineError(
-                f"{self.folder} is in use by process {holder}", remedy="wait for it, or choose another output_dir"
-            ) from error
+        path = self.folder / ".lock"
+        while self._file is None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                file = path.open("a+")
+            except OSError as error:
+                raise MachineError(
+                    f"{self.folder}: cannot be written ({error.strerror})", remedy="choose another output_dir"
+                ) from error
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                file.close()
+                raise MachineError(
+                    f"{self.folder} is in use by process {holder}", remedy="wait for it, or choose another output_dir"
+                ) from error
+            try:
+                is_in_place = os.path.samestat(os.fstat(file.fileno()), path.stat())
+            except FileNotFoundError:
+                is_in_place = False
+            if is_in_place:
+                self._file = file
+            else:  # its holder removed it between our opening and our locking: others would lock another file
+                file.close()
         self._file.truncate(0)
         self._file.write(f"{os.getpid()}\n")
         self._file.flush()

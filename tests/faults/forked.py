@@ -107,7 +107,12 @@ class Forked:
     """The client of the server; one set of processes runs at a time."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(SOURCE),
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         self._process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
@@ -149,6 +154,11 @@ class Forked:
         """Run one process to its end."""
         return self.start(command).wait(timeout)[0]
 
+    def prove(self, model: Path) -> None:
+        """Let the server prove a model, which is then proven in every child: a quarter of a small run's time."""
+        self._send({"prove": str(model)})
+        self.receive(60.0)
+
     def _send(self, value: Any) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(value).encode() + b"\n")
@@ -186,8 +196,13 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _import_everything()
     for line in requests:
+        requested = json.loads(line)
+        if isinstance(requested, dict):
+            _prove(Path(requested["prove"]))
+            _answer(answers, None)
+            continue
         pids = []
-        for request in json.loads(line):
+        for request in requested:
             pid = os.fork()
             if pid == 0:
                 requests.close()
@@ -212,6 +227,15 @@ def _import_everything() -> None:
     import goldsmith.workflows  # noqa: F401
 
     torch.set_num_threads(1)
+
+
+def _prove(model: Path) -> None:
+    from goldsmith.models.load import load_causal_lm, silence_randomness
+    from goldsmith.models.proof import prove
+
+    causal_lm = load_causal_lm(model, device="cpu")
+    silence_randomness(causal_lm)
+    prove(causal_lm.config, name=str(model))
 
 
 def _be_the_command(request: Mapping[str, Any]) -> NoReturn:

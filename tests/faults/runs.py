@@ -30,7 +30,9 @@ TRAIN = [
     {"id": f"t{number}", "prompt": f"{number * 7} + {number} = ", "completion": " ".join(str(number * 8))}
     for number in range(13)
 ]
-EVAL = [{"id": f"e{number}", "prompt": f"{number * 3} + 1 = ", "completion": str(number * 3 + 1)} for number in range(5)]
+EVAL = [
+    {"id": f"e{number}", "prompt": f"{number * 3} + 1 = ", "completion": str(number * 3 + 1)} for number in range(5)
+]
 
 RECIPE: dict[str, Any] = {
     "training": {

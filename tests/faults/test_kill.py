@@ -6,6 +6,7 @@ The default run kills one run at every fail-point in turn, and others at a sampl
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -41,8 +42,6 @@ def assert_safe(run: TrainingRun, *, had_one: bool) -> bool:
     assert steps or not had_one, "the last valid checkpoint is gone"
     if steps:
         # What the newest checkpoint knows as the best must still be there.
-        import json
-
         best = json.loads((run.checkpoint(steps[-1]) / "state.json").read_text())["best_step"]
         assert best in (None, 0) or best in steps, f"the best checkpoint, {best}, was pruned: {steps}"
     return bool(steps)
@@ -181,9 +180,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("passing", [1, 2, 4])
 @pytest.mark.parametrize("place", FAIL_POINTS)
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_campaign_fail_points(
-    new_run: NewRun, reference: Reference, setting: str, place: str, passing: int
-) -> None:
+def test_campaign_fail_points(new_run: NewRun, reference: Reference, setting: str, place: str, passing: int) -> None:
     run = new_run(SETTINGS[setting])
     outcome = run.train_dying_at(f"{place}:{passing}")
     assert outcome.exit_code in (KILLED, 0)

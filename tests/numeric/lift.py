@@ -11,6 +11,7 @@ from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
 __all__ = ["lifted"]
@@ -34,10 +35,12 @@ def _rotary(self: Any, hidden: torch.Tensor, position_ids: torch.Tensor) -> tupl
 
 _LIFTED: list[tuple[type[torch.nn.Module], Callable[..., Any]]] = [
     (modeling_llama.LlamaRMSNorm, _rms_norm),
+    (modeling_qwen2.Qwen2RMSNorm, _rms_norm),
     (modeling_qwen3.Qwen3RMSNorm, _rms_norm),
     (modeling_mistral.MistralRMSNorm, _rms_norm),
     (modeling_gemma2.Gemma2RMSNorm, _gemma_rms_norm),
     (modeling_llama.LlamaRotaryEmbedding, _rotary),
+    (modeling_qwen2.Qwen2RotaryEmbedding, _rotary),
     (modeling_qwen3.Qwen3RotaryEmbedding, _rotary),
     (modeling_mistral.MistralRotaryEmbedding, _rotary),
     (modeling_gemma2.Gemma2RotaryEmbedding, _rotary),
@@ -47,7 +50,7 @@ _LIFTED: list[tuple[type[torch.nn.Module], Callable[..., Any]]] = [
 
 @contextmanager
 def lifted() -> Iterator[None]:
-    """While open, Llama, Qwen 3, Gemma 2, Mistral and GPT-NeoX compute in float64 throughout (GPT-2 does by itself)."""
+    """While open, Llama, Qwen 2 and 3, Gemma 2, Mistral and GPT-NeoX compute in float64 throughout (GPT-2 does by itself)."""
     originals = [(cls, cls.forward) for cls, _ in _LIFTED]
     for cls, forward in _LIFTED:
         cls.forward = forward  # type: ignore[method-assign]

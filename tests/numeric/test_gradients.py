@@ -240,17 +240,17 @@ class TestThatTheComparisonCanFail:
 
     def test_without_lifting_the_figures_are_those_of_float32(self) -> None:
         # Shows that `lifted` does something; 1e-10 lies between what is seen with it and without it.
-        model = LikelihoodModel(build(CONFIGS["llama"]))
+        model = LikelihoodModel(build(CONFIGS["gemma2"]))
         batch = pack(EXAMPLES, range(len(EXAMPLES)))
         exact = model(batch).log_probs_K
-        from transformers.models.llama import modeling_llama
+        from transformers.models.gemma2 import modeling_gemma2
 
-        lifted_forward = modeling_llama.LlamaRMSNorm.forward
+        lifted_forward = modeling_gemma2.Gemma2RMSNorm.forward
         try:
-            modeling_llama.LlamaRMSNorm.forward = lambda self, hidden: lifted_forward(self, hidden.float()).double()
+            modeling_gemma2.Gemma2RMSNorm.forward = lambda self, hidden: lifted_forward(self, hidden.float()).double()
             rounded = model(batch).log_probs_K
         finally:
-            modeling_llama.LlamaRMSNorm.forward = lifted_forward
+            modeling_gemma2.Gemma2RMSNorm.forward = lifted_forward
         assert float((exact - rounded).abs().max()) > 1e-9
 
 

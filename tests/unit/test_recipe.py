@@ -165,8 +165,8 @@ def test_every_problem_is_named_in_the_order_of_the_file(load: Load) -> None:
 
 
 def test_what_has_no_default(load: Load) -> None:
-    message = message_of(load, "model:\ndata: {}\n")
-    assert "model: missing, and it has no default" in message
+    assert "model: missing, and it has no default" in message_of(load, "model:\ndata: {}\n")
+    message = message_of(load, "model: {path: a/b}\ndata: {}\n")
     assert "legal.yaml:2: data.train: missing, and it has no default" in message
 
 

@@ -123,7 +123,7 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     train: list[SourceConfig] = Field(
-        min_length=1, description="sources; a single path or mapping stands for a list of one"
+        default=[], description="sources; a single path or mapping stands for a list of one"
     )
     eval: list[SourceConfig] = Field(default=[], description="held-out sources, never trained on")
     columns: Columns | None = Field(default=None, description="columns of every source that gives none itself")

@@ -1,1 +1,1 @@
-
+"""Generation: decoding, to look at what was learnt, and its metrics against gold."""

@@ -419,9 +419,9 @@ class _PackedFlashCPU(torch.autograd.Function):
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-        out_NHD, saved = attend(*rows, layout, scale, window)
-        ctx.save_for_backward(*rows, *saved)
+        query_NHD, key_NHD, value_NHD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        out_NHD, saved = attend(query_NHD, key_NHD, value_NHD, layout, scale, window)
+        ctx.save_for_backward(query_NHD, key_NHD, value_NHD, *saved)
         ctx.layout, ctx.scale, ctx.window = layout, scale, window
         return out_NHD[None]
 

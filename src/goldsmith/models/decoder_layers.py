@@ -25,6 +25,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
@@ -97,14 +98,14 @@ def _settings(layer: Any, *, is_last: bool) -> LayerSettings | None:
     attention, mlp = layer.self_attn, layer.mlp
     linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms: list[Any] = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
-    epsilons = {module.variance_epsilon for module in norms if type(module) is norm}
+    epsilons: set[Any] = {module.variance_epsilon for module in norms if type(module) is norm}
     is_plain = (
         all(type(linear) is nn.Linear for linear in linears)
         and all(type(module) is norm for module in norms)
         and len(epsilons) == 1
-        and isinstance(mlp.act_fn, nn.SiLU)
+        and type(mlp.act_fn) in (nn.SiLU, SiLUActivation)
         and not attention.attention_dropout
     )
     if not is_plain:
@@ -174,7 +175,7 @@ def _forward_norm(norm: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 def _scales(x: torch.Tensor, epsilon: float) -> torch.Tensor:
     """1 / root mean square over the last dimension, kept as 1."""
-    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    norms: torch.Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return norms.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
 
 

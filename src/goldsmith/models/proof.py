@@ -428,6 +428,11 @@ def _failure(
     if not _largest(packed.log_probs - alone.log_probs) <= TOLERANCE:
         pairs = zip(alone.layer_outputs, packed.layer_outputs, strict=True)
         for index, (expected, got) in enumerate(pairs):
+            if got.shape != expected.shape:
+                # A layer by hand leaves out, as the last one, what predicts nothing: the last token of each row.
+                predicts = torch.ones(len(expected), dtype=torch.bool)
+                predicts[np.cumsum(lengths) - 1] = False
+                expected = expected[predicts]
             scale = max(1.0, float(expected.abs().max()))
             # Tighter than the log-probabilities: it is known by now that a layer or the head is wrong, not rounding.
             if expected.shape != got.shape or not _largest(got - expected) <= TOLERANCE / 10 * scale:

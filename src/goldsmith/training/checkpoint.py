@@ -66,7 +66,7 @@ class CheckpointStore:
     def clean(self) -> None:
         """Remove what a killed process left unfinished."""
         if self.folder.is_dir():
-            for path in self.folder.glob(".*"):
+            for path in self.folder.glob(".step-*"):
                 shutil.rmtree(path)
 
     def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> Path:

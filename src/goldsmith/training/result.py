@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,13 @@ def save_model(
     *,
     dtype: torch.dtype,
     end_token_ids: list[int],
+    silenced: Mapping[str, object] | None = None,
 ) -> None:
     """Write weights (in `dtype`), configuration, generation configuration and tokenizer, then move them into place.
 
     Args:
         end_token_ids: what ends the gold; generation stops there.
+        silenced: what `silence_randomness` changed; the configuration is written as it was.
     """
     fail_point("export.begin")
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -59,6 +62,7 @@ def save_model(
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()
     }
     trained_dtype = model.config.dtype
+    as_trained = _set_config(model, silenced or {})
     try:
         model.config.dtype = dtype
         if model.generation_config is not None:
@@ -76,7 +80,23 @@ def save_model(
         raise
     finally:
         model.config.dtype = trained_dtype
+        _set_config(model, as_trained)
     fail_point("export.renamed")
+
+
+def _set_config(model: PreTrainedModel, values: Mapping[str, object]) -> dict[str, object]:
+    """Set settings of the configuration, named as `silence_randomness` names them; returns what they were."""
+    before: dict[str, object] = {}
+    for path, value in values.items():
+        root, *parts = path.split(".")
+        if root != "config":  # a module copied it out of the configuration
+            continue
+        holder: Any = model.config
+        for part in parts[:-1]:
+            holder = getattr(holder, part)
+        before[path] = getattr(holder, parts[-1])
+        setattr(holder, parts[-1], value)
+    return before
 
 
 @torch.no_grad()

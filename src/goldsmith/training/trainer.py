@@ -465,7 +465,8 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
 
     def note(number: int, _frame: FrameType | None) -> None:
         received.append(number)
-        signal.signal(number, previous[number])
+        for either, handler in previous.items():
+            signal.signal(either, handler)
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -138,9 +138,10 @@ class DemoResult:
     def __rich__(self) -> Text:
         """For a terminal: each gold token in the colour of its probability."""
         training = self.run.training
+        folder, data_dir = _relative(self.run.output_dir), _relative(self.data_dir)
         text = Text()
         if self.run.already_finished:
-            text.append(f"{self.run.output_dir}: finished before; this is what it learnt\n\n")
+            text.append(f"{folder}: finished before; this is what it learnt\n\n")
         text.append(
             f"{self.num_parameters:,} parameters from nothing: {training.steps:,} steps on {self.run.rows['used']:,} "
             f"pronunciations in {training.seconds:,.0f} s\n\n"
@@ -161,8 +162,7 @@ class DemoResult:
         before, after = self.named_log_prob_before, self.named.gold.log_prob
         text.append(f"\nlog P({_gold_text(self.named.gold)} | {self.named.word})", style="bold")
         text.append(f"  {before:.2f} -> {after:.2f} nats: P {math.exp(before):.2g} -> {math.exp(after):.2g}\n\n")
-        folder = self.run.output_dir
-        text.append(f"run folder: {folder}\ngold:       {self.data_dir}\n")
+        text.append(f"run folder: {folder}\ngold:       {data_dir}\n")
         text.append(f"try:        goldsmith generate {folder} --prompt {self.named.word}s")
         return text
 
@@ -176,6 +176,11 @@ def _coloured(gold: TokenScores) -> Text:
         style = f"black on rgb({round(90 + 165 * red)},{round(90 + 165 * green)},90)"
         text.append("  " if place else "").append(f"{_phone(token.text)} {probability:.2f}", style=style)
     return text
+
+
+def _relative(folder: Path) -> Path:
+    """Seen from the current directory, where it lies below that: as a person would type it."""
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def _phone(text: str) -> str:
@@ -324,7 +329,9 @@ def split_words(words: Dictionary, *, num_held_out: int, named: str) -> tuple[Di
         DataError: not more words than are to be held out.
     """
     if not 1 <= num_held_out < len(words):
-        raise DataError(f"{num_held_out} of {len(words)} words cannot be held out", remedy="hold out at least one, not all")
+        raise DataError(
+            f"{num_held_out} of {len(words)} words cannot be held out", remedy="hold out at least one, not all"
+        )
     order = sorted(words)
     random.Random(SPLIT_SEED).shuffle(order)
     order.sort(key=lambda word: word != named)

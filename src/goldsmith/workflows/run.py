@@ -23,7 +23,7 @@ from goldsmith import distributed
 from goldsmith.data.loader import Dataset, load_dataset, read_texts
 from goldsmith.data.rendering import Renderer
 from goldsmith.data.tokenizer import load_tokenizer, train_tokenizer
-from goldsmith.errors import MachineError
+from goldsmith.errors import ConfigError, MachineError
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.load import (
     init_causal_lm,
@@ -36,7 +36,7 @@ from goldsmith.models.load import (
 )
 from goldsmith.models.proof import prove
 from goldsmith.recipe import Recipe, load_recipe
-from goldsmith.storage import FolderLock, fsync_tree, require_space, write_atomic
+from goldsmith.storage import FolderLock, replace_folder, require_space, write_atomic
 from goldsmith.training.checkpoint import checkpoint_bytes
 from goldsmith.training.progress import progress_reporter
 from goldsmith.training.result import Parity, check_parity, save_model
@@ -54,8 +54,9 @@ RECIPE, DATA, ENVIRONMENT, RESULT, TOKENIZER = (
     "result.json",
     "tokenizer",
 )
-# What may lie in a folder that no run has claimed yet: left by a process that died before it could.
-UNCLAIMED = {".lock", ".tokenizer.tmp", TOKENIZER}
+# What may lie in a folder that no run has claimed yet: left by a process that died before it could. A run claims a
+# folder with recipe.yaml; data.json comes last, and without it the claim is made again.
+UNCLAIMED = {".lock", f".{RECIPE}.tmp", f".{TOKENIZER}.tmp"}
 # The optimizer's update, evaluations and checkpoints come on top of what the calibration measures.
 CALIBRATION_MARGIN = 1.1
 
@@ -132,10 +133,13 @@ def train(
         stack.enter_context(distributed.process_group(device))
         folder = Path(recipe.output_dir)
         if distributed.is_main():
-            stack.callback(_remove_if_unused, folder, existed=folder.exists())
+            existed = folder.exists()
             stack.enter_context(FolderLock(folder))
+            # By who holds the lock, and before it is given up: what another process just begins looks unused, too.
+            stack.callback(_remove_if_unused, folder, existed=existed)
         distributed.barrier()
         stored = _stored_recipe(recipe, folder)
+        distributed.barrier()  # every process has seen the folder as it was
         if stored is not None and (folder / RESULT).is_file():
             return _finished(folder)
         with _explained_disk_full(folder):
@@ -154,20 +158,42 @@ def _run(
 ) -> RunResult:
     resolved = recipe if stored is None else _with_resolved(recipe, stored)
     say = _Say(quiet=quiet or not distributed.is_main())
+    if stored is not None:
+        _compare_machine(recipe, stored, device, say)
 
-    tokenizer = _tokenizer(resolved, folder, train_rows)
-    max_length = resolved.data.max_length or _own_limit(resolved)
+    if not resolved.data.train and train_rows is None:
+        raise ConfigError("data.train: missing, and no rows were given", remedy="name the files to train on")
+    if not resolved.data.eval and eval_rows is None:
+        for key, value in resolved.evaluation:
+            if value is not None:
+                raise ConfigError(
+                    f"evaluation.{key} is {value}, but there is no data.eval to evaluate on",
+                    remedy="name held-out files in data.eval, or take the key out",
+                )
+    # The model's folder first: a model that is not there should be named as such, and not by its tokenizer.
+    own_limit = _own_limit(resolved)
+    tokenizer = _shared_tokenizer(resolved, folder, train_rows)
+    max_length = resolved.data.max_length or own_limit
     renderer = Renderer(tokenizer, resolved.rendering, max_length)
     train_data = _dataset(resolved, renderer, "train", train_rows)
     say(f"training data: {train_data.report.used:,} of {train_data.report.rows_in:,} rows, "
         f"{train_data.report.gold_tokens:,} gold of {train_data.report.tokens:,} tokens")  # fmt: skip
+    _say_unknown(say, train_data, "training data")
     eval_data = None
     if resolved.data.eval or eval_rows is not None:
         eval_data = _dataset(resolved, renderer, "eval", eval_rows)
         say(f"held-out data: {eval_data.report.used:,} of {eval_data.report.rows_in:,} rows")
+        _say_unknown(say, eval_data, "held-out data")
+
+    budget = resolved.training.tokens_per_microbatch
+    num_longer = int((train_data.lengths > budget).sum())
+    if num_longer:
+        say(f"{num_longer:,} rows are longer than training.tokens_per_microbatch ({budget:,}): each of them is a "
+            "micro-batch by itself, and takes the memory that it takes")  # fmt: skip
 
     causal_lm = _causal_lm(resolved, tokenizer, device)
-    for name, value in silence_randomness(causal_lm).items():
+    silenced = silence_randomness(causal_lm)
+    for name, value in silenced.items():
         say(f"{name}: {value} -> 0, so that the loss depends on the data alone")
     prove(causal_lm.config, name=resolved.model.path or "model.init")
     model = LikelihoodModel(causal_lm, label_smoothing=resolved.objective.label_smoothing)
@@ -211,7 +237,12 @@ def _run(
     if distributed.is_main():
         model_dir = folder / "model"
         save_model(
-            causal_lm, tokenizer, model_dir, dtype=stored_dtype(causal_lm), end_token_ids=sorted(renderer.end_token_ids)
+            causal_lm,
+            tokenizer,
+            model_dir,
+            dtype=stored_dtype(causal_lm),
+            end_token_ids=sorted(renderer.end_token_ids),
+            silenced=silenced,
         )
         outcome = replace(outcome, parity=check_parity(model_dir, model, eval_data or train_data))
         write_atomic(folder / RESULT, json.dumps(outcome.to_json(), indent=1) + "\n")
@@ -239,11 +270,22 @@ def _stored_recipe(recipe: Recipe, folder: Path) -> Recipe | None:
                 remedy="choose another output_dir",
             )
         return None
-    stored = load_recipe(path)
+    try:
+        stored = load_recipe(path)
+    except ConfigError as error:
+        raise MachineError(
+            f"{folder}: not a run of this goldsmith: {error.message}", remedy="choose another output_dir"
+        ) from error
+    if stored.training.max_steps is None or stored.model.device == "auto":
+        # A run's recipe has every automatic choice in it. The user's own must not be overwritten.
+        raise MachineError(
+            f"{folder}: not a run of goldsmith: its {RECIPE} is a recipe that no run has resolved",
+            remedy="choose another output_dir, such as a folder inside it",
+        )
     differing = {
         key: (ours, theirs)
         for key, (ours, theirs) in recipe.differences(stored).items()
-        if key not in CHANGEABLE_KEYS and not (key in AUTOMATIC_KEYS and ours in (None, "auto"))
+        if key not in CHANGEABLE_KEYS and not _is_resolved_as(key, ours, theirs, recipe)
     }
     if differing:
         lines = "".join(f"\n  {key}: {ours!r} here, {theirs!r} there" for key, (ours, theirs) in differing.items())
@@ -252,6 +294,32 @@ def _stored_recipe(recipe: Recipe, folder: Path) -> Recipe | None:
             remedy="choose another output_dir, or give the recipe that began it",
         )
     return stored
+
+
+def _compare_machine(recipe: Recipe, stored: Recipe, device: torch.device, say: _Say) -> None:
+    """Refuse another kind of machine, and say what makes the result equal to rounding only.
+
+    Raises:
+        MachineError: the run began on another device.
+    """
+    if str(device) != stored.model.device:
+        raise MachineError(
+            f"model.device: the run began on {stored.model.device}, but this is {device}",
+            remedy="go on with it on such a machine, or begin anew in another output_dir",
+        )
+    before, now = stored.training.tokens_per_microbatch, recipe.training.tokens_per_microbatch
+    if before != now:
+        say(
+            f"training.tokens_per_microbatch: {before} before, {now} now; "
+            "the result will be equal to rounding, not to the bit"
+        )
+
+
+def _is_resolved_as(key: str, ours: Any, theirs: Any, recipe: Recipe) -> bool:
+    """Whether a run may have made `theirs` out of `ours`."""
+    if key == "training.max_steps" and recipe.training.max_seconds is not None and ours is not None:
+        return bool(theirs < ours)  # time was short
+    return key in AUTOMATIC_KEYS and ours in (None, "auto")
 
 
 def _with_resolved(recipe: Recipe, stored: Recipe) -> Recipe:
@@ -294,13 +362,11 @@ def _claim(
                     )
         write_atomic(folder / RECIPE, resolved.to_yaml())
         return
-    if not (folder / TOKENIZER).is_dir():
-        temporary = folder / ".tokenizer.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        tokenizer.save_pretrained(temporary)
-        fsync_tree(temporary)
-        temporary.replace(folder / TOKENIZER)
     write_atomic(folder / RECIPE, resolved.to_yaml())
+    temporary = folder / f".{TOKENIZER}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    tokenizer.save_pretrained(temporary)
+    replace_folder(temporary, folder / TOKENIZER)
     write_atomic(environment_path, json.dumps(environment, indent=1) + "\n")
     write_atomic(data_path, json.dumps(data_report, indent=1) + "\n")
 
@@ -376,8 +442,9 @@ def _remove_if_unused(folder: Path, *, existed: bool) -> None:
             if not existed:
                 shutil.rmtree(folder)
             else:
-                shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
-                (folder / ".lock").unlink(missing_ok=True)
+                for name in left:
+                    path = folder / name
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextlib.contextmanager
@@ -403,9 +470,28 @@ def _explained_disk_full(folder: Path) -> Iterator[None]:
 # What the recipe names
 
 
+def _shared_tokenizer(recipe: Recipe, folder: Path, train_rows: RowList | None) -> PreTrainedTokenizerBase:
+    """The same tokenizer in every process: where one is learnt, one process learns it and the others read it.
+
+    Training a unigram tokenizer is not deterministic, so each learning its own would not do.
+    """
+    if distributed.world_size() == 1 or recipe.tokenizer.train is None or (folder / DATA).is_file():
+        return _tokenizer(recipe, folder, train_rows)
+    temporary = folder / f".{TOKENIZER}.tmp"
+    if distributed.is_main():
+        tokenizer = _tokenizer(recipe, folder, train_rows)
+        shutil.rmtree(temporary, ignore_errors=True)
+        tokenizer.save_pretrained(temporary)
+    distributed.barrier()
+    if not distributed.is_main():
+        tokenizer = load_tokenizer(str(temporary))
+    distributed.barrier()
+    return tokenizer
+
+
 def _tokenizer(recipe: Recipe, folder: Path, train_rows: RowList | None) -> PreTrainedTokenizerBase:
     """The run's own tokenizer where it has one already; else learnt from the training rows, or the model's."""
-    if (folder / TOKENIZER).is_dir():
+    if (folder / DATA).is_file():
         return load_tokenizer(str(folder / TOKENIZER))
     if recipe.tokenizer.train is not None:
         contexts, golds = read_texts(
@@ -472,6 +558,13 @@ def _require_space(trainer: Trainer, folder: Path) -> None:
     weights = sum(p.numel() for p in model.parameters()) * stored_dtype(model).itemsize
     needed = max(at_once, 1) * checkpoint_bytes(model) + 2 * weights
     require_space(folder, needed, f"{at_once} checkpoints and the result")
+
+
+def _say_unknown(say: _Say, data: Dataset, name: str) -> None:
+    if data.num_unknown_tokens:
+        say(
+            f"{name}: {data.num_unknown_tokens:,} tokens are the unknown token: characters that the tokenizer cannot write"
+        )
 
 
 class _Say:

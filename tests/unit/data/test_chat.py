@@ -75,6 +75,8 @@ def check(renderer: Renderer, conversation: Conversation) -> list[TokenizedExamp
         assert conversation.messages[turn].content.strip() in said
         # Decoded, all of it reads as the template writes the conversation up to this turn's end.
         whole = rendered(renderer, conversation, turn + 1)
+        # (By way of ids, since not every tokenizer gives every text back as it was.)
+        whole = tokenizer.decode(tokenizer(whole, add_special_tokens=False)["input_ids"], skip_special_tokens=False)
         text = tokenizer.decode(example.token_ids[:end].tolist(), skip_special_tokens=False)
         assert whole.startswith((text, text.removesuffix("</s>"))), (text, whole)
         ends = renderer.end_token_ids
