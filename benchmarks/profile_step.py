@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/profile_step.py [--workload gsm8k-135m] [--rows 8] [--top 15]
 
 A warm-up step, the steps under the clock alone, the last of them again under `torch.profiler` (the first one also measures
-update_to_weight), and a forward pass that notes every tensor kept for the backward pass, with the line of code that made it. Shares are of processor time in operators (self time);
-what the step took beyond them is Python and dispatch.
+update_to_weight), and a forward pass that notes every tensor kept for the backward pass, with the line of code that made
+it. Shares are of the wall time, by self time of operators; what is left over is Python and dispatch.
 """
 
 from __future__ import annotations

@@ -13,13 +13,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from goldsmith.objective.cross_entropy import ObjectiveSums, OutputHead
 
 __all__ = ["default_chunk_size", "linear_cross_entropy"]
 
 LOGITS_BYTES_PER_CHUNK = 64 * 2**20
+# The element-wise passes over a chunk go by blocks of rows of about this size, so that they read from the cache.
+CACHE_BYTES = 2 * 2**20
 
 
 def default_chunk_size(vocabulary: int, *, element_bytes: int = 4) -> int:
@@ -78,58 +80,46 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weight = weight_VD.to(product_dtype)
             coefficients_K = target_weights_K.to(sum_dtype)
             log_probs_K = torch.empty(num_targets, dtype=sum_dtype, device=hidden.device)
-            weighted_nll = torch.zeros(
-                (), dtype=torch.float64 if device_type == "cpu" else sum_dtype, device=hidden.device
-            )
+            losses_K = torch.empty(num_targets, dtype=sum_dtype, device=hidden.device)
             grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-            grad_weight = torch.zeros_like(weight_VD, dtype=sum_dtype) if wants_weight else None
+            grad_weight: torch.Tensor | None = None
             grad_bias = torch.zeros(vocabulary, dtype=sum_dtype, device=hidden.device) if wants_bias else None
+            wants_gradient = wants_hidden or wants_weight or wants_bias
+            logits_buffer = hidden.new_empty(min(chunk_size, num_targets), vocabulary)
+            block_size = _rows_in_cache(logits_buffer)
 
             for start in range(0, num_targets, chunk_size):
                 rows = slice(start, min(start + chunk_size, num_targets))
                 hidden_CD = hidden[rows]
-                ids_C1 = target_ids_K[rows, None]
-                coefficients_C = coefficients_K[rows]
-
-                logits_CV = (hidden_CD @ weight.T).to(sum_dtype)
-                if bias_V is not None:
-                    logits_CV += bias_V.to(sum_dtype)
-                if head.logit_scale != 1.0:
-                    logits_CV *= head.logit_scale
-                tanh_CV = None
-                if head.soft_cap is not None:
-                    tanh_CV = torch.tanh_(logits_CV.div_(head.soft_cap))
-                    logits_CV = tanh_CV * head.soft_cap
-
-                log_normalizer_C1 = torch.logsumexp(logits_CV, dim=-1, keepdim=True)
-                log_probs_C = (logits_CV.gather(1, ids_C1) - log_normalizer_C1).squeeze(1)
-                log_probs_K[rows] = log_probs_C
-                losses_C = -log_probs_C
-                if label_smoothing > 0.0:
-                    mean_log_prob_C = logits_CV.mean(dim=-1) - log_normalizer_C1.squeeze(1)
-                    losses_C = (1.0 - label_smoothing) * losses_C - label_smoothing * mean_log_prob_C
-                weighted_nll += (coefficients_C * losses_C).sum(dtype=weighted_nll.dtype)
-
-                if not (wants_hidden or wants_weight or wants_bias):
+                product_CV = torch.mm(hidden_CD, weight.T, out=logits_buffer[: len(hidden_CD)])
+                # In half precision this is a copy; otherwise the gradient takes the place of the logits.
+                logits_CV = product_CV.to(sum_dtype)
+                for first in range(rows.start, rows.stop, block_size):
+                    block = slice(first, min(first + block_size, rows.stop))
+                    log_probs_K[block], losses_K[block] = _block(
+                        logits_CV[first - rows.start : block.stop - rows.start],
+                        target_ids_K[block],
+                        coefficients_K[block] if wants_gradient else None,
+                        bias_V,
+                        head,
+                        label_smoothing,
+                    )
+                if not wants_gradient:
                     continue
-                # In place from here: logits -> probabilities -> gradient of the logits before scale and cap.
-                grad_CV = logits_CV.sub_(log_normalizer_C1).exp_()
-                grad_CV.scatter_add_(1, ids_C1, torch.full_like(ids_C1, -(1.0 - label_smoothing), dtype=sum_dtype))
-                if label_smoothing > 0.0:
-                    grad_CV -= label_smoothing / vocabulary
-                grad_CV *= (coefficients_C * head.logit_scale)[:, None]
-                if tanh_CV is not None:
-                    grad_CV *= 1.0 - tanh_CV.square_()
                 if grad_bias is not None:
-                    grad_bias += grad_CV.sum(dim=0)
-                product_CV = grad_CV.to(product_dtype)
+                    grad_bias += logits_CV.sum(dim=0)
+                product_CV = logits_CV.to(product_dtype)
                 if grad_hidden is not None:
                     torch.mm(product_CV, weight, out=grad_hidden[rows])
-                if grad_weight is not None:
-                    if product_dtype == sum_dtype:
-                        grad_weight.addmm_(product_CV.T, hidden_CD)
-                    else:
-                        grad_weight += product_CV.T @ hidden_CD
+                if not wants_weight:
+                    continue
+                if grad_weight is None:
+                    grad_weight = (product_CV.T @ hidden_CD).to(sum_dtype)
+                elif product_dtype == sum_dtype:
+                    grad_weight.addmm_(product_CV.T, hidden_CD)
+                else:
+                    grad_weight += product_CV.T @ hidden_CD
+            weighted_nll = (coefficients_K.double() * losses_K.double()).sum()
 
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (hidden_KD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
@@ -138,10 +128,62 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_nll: torch.Tensor, _grad_log_probs: torch.Tensor) -> tuple[Any, ...]:
-        dtypes = ctx.dtypes  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad_nll: torch.Tensor, _grad_log_probs: torch.Tensor) -> tuple[Any, ...]:
+        # Training passes coefficients that are divided already, and then there is nothing to scale.
+        is_one = grad_nll.device.type == "cpu" and float(grad_nll) == 1.0
         gradients = tuple(
-            None if saved is None else (saved * grad_nll.to(saved.dtype)).to(dtype)
-            for saved, dtype in zip(ctx.saved_tensors, dtypes, strict=True)  # type: ignore[attr-defined]
+            None if saved is None else (saved if is_one else saved * grad_nll.to(saved.dtype)).to(dtype)
+            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return (*gradients, None, None, None, None, None)
+
+
+def _rows_in_cache(logits_CV: torch.Tensor) -> int:
+    """Rows whose passes of `_block` stay in the cache of a CPU; on another device all of them."""
+    if logits_CV.device.type != "cpu":
+        return max(1, logits_CV.shape[0])
+    return max(1, CACHE_BYTES // (logits_CV.shape[1] * logits_CV.element_size()))
+
+
+def _block(
+    logits_BV: torch.Tensor,
+    ids_B: torch.Tensor,
+    coefficients_B: torch.Tensor | None,
+    bias_V: torch.Tensor | None,
+    head: OutputHead,
+    label_smoothing: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and losses [B] of a block of rows.
+
+    Args:
+        logits_BV: the products with the output embedding; overwritten, with the gradient of these products where there
+            are coefficients.
+    """
+    ids_B1 = ids_B[:, None]
+    if bias_V is not None:
+        logits_BV += bias_V.to(logits_BV.dtype)
+    if head.logit_scale != 1.0:
+        logits_BV *= head.logit_scale
+    tanh_BV = None
+    if head.soft_cap is not None:
+        tanh_BV = torch.tanh(logits_BV / head.soft_cap)
+        torch.mul(tanh_BV, head.soft_cap, out=logits_BV)
+    gold_B1 = logits_BV.gather(1, ids_B1)
+    mean_B1 = logits_BV.mean(dim=1, keepdim=True) if label_smoothing > 0.0 else None
+    maximum_B1 = logits_BV.amax(dim=1, keepdim=True)
+    exponentials_BV = logits_BV.sub_(maximum_B1).exp_()
+    sums_B1 = exponentials_BV.sum(dim=1, keepdim=True)
+    log_normalizer_B1 = sums_B1.log().add_(maximum_B1)
+    log_probs_B = (gold_B1 - log_normalizer_B1).squeeze(1)
+    losses_B = -log_probs_B
+    if mean_B1 is not None:
+        losses_B = (1.0 - label_smoothing) * losses_B - label_smoothing * (mean_B1 - log_normalizer_B1).squeeze(1)
+    if coefficients_B is not None:
+        factors_B1 = (coefficients_B * head.logit_scale)[:, None]
+        grad_BV = exponentials_BV.mul_(factors_B1 / sums_B1)
+        if label_smoothing > 0.0:
+            grad_BV -= factors_B1 * (label_smoothing / logits_BV.shape[1])
+        grad_BV.scatter_add_(1, ids_B1, -(1.0 - label_smoothing) * factors_B1)
+        if tanh_BV is not None:
+            grad_BV *= 1.0 - tanh_BV.square_()
+    return log_probs_B, losses_B

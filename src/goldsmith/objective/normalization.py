@@ -22,12 +22,15 @@ __all__ = ["Normalization", "step_denominator", "token_coefficients"]
 Normalization = Literal["token", "example", "sum"]
 
 
-def token_coefficients(batch: PackedBatch, normalization: Normalization) -> torch.Tensor:
-    """float64 [K]: the factor of each gold token's loss in the numerator, `u_i w_t` or `u_i w_t / W(i)`."""
+def token_coefficients(batch: PackedBatch, normalization: Normalization, *, denominator: float = 1.0) -> torch.Tensor:
+    """float64 [K]: the factor of each gold token's loss, `u_i w_t` or `u_i w_t / W(i)`, over the step's denominator.
+
+    With the denominator of the whole step, the weighted nll of all micro-batches of the step add up to its loss.
+    """
     per_example = batch.example_weights
     if normalization == "example":
         per_example = per_example / batch.example_weight_sums
-    return batch.target_weights.double() * per_example[batch.target_example]
+    return batch.target_weights.double() * (per_example / denominator)[batch.target_example]
 
 
 def step_denominator(

@@ -168,15 +168,14 @@ class Trainer:
         for packed, members in self.microbatches(indices):
             batch = packed.to(self.device)
             with autocast(self.device):
-                sums = self.model(batch, token_coefficients(batch, normalization))
-            loss = sums.weighted_nll / denominator
-            loss.backward()
+                sums = self.model(batch, token_coefficients(batch, normalization, denominator=denominator))
+            sums.weighted_nll.backward()
             microbatches += 1
             log_probs = sums.log_probs_K.double()
             per_example = torch.zeros(len(members), dtype=torch.float64, device=self.device)
             log_prob_sums.append(per_example.index_add_(0, batch.target_example, log_probs))
             weighted.append((log_probs * token_coefficients(batch, "token")).sum())
-            losses.append(loss.detach().double())
+            losses.append(sums.weighted_nll.detach().double())
             places.append(members)
 
         totals = torch.zeros(len(indices) + 3, dtype=torch.float64)
