@@ -93,7 +93,7 @@ class PackedBatch:
         position_ids: int64 [N], from 0 at each segment (from the parent's length where it has a parent).
         segment_lengths: int64 [S], on the CPU; sums to N.
         segment_parents: int64 [S], on the CPU; -1 for none, else the segment whose tokens come before this one's.
-        target_positions: int64 [K], ascending, may repeat.
+        target_positions: int64 [K], example by example; may repeat where examples share a context.
         target_ids: int64 [K].
         target_weights: float32 [K], > 0.
         target_example: int64 [K], index into `example_indices`, ascending.

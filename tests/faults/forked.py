@@ -15,13 +15,14 @@ import os
 import random
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,19 +40,32 @@ class Command:
 
     Attributes:
         arguments: of `goldsmith`.
+        script: Python to run in place of `goldsmith`.
         cwd: its current folder.
         env: added to the environment.
-        kill_at_file_event: SIGKILL just before the n-th event (from 1) on a file of the folder `watched`.
-        watched: the run folder.
+        watched: the run folder; events on its files are counted from 1.
+        signals: event -> a signal that the process gets just before it.
         ignore_sigint: start as a shell starts what it puts in the background.
     """
 
-    arguments: Sequence[str]
+    arguments: Sequence[str] = ()
+    script: str | None = None
     cwd: Path
     env: Mapping[str, str] = field(default_factory=dict)
-    kill_at_file_event: int | None = None
     watched: Path | None = None
+    signals: Mapping[int, int] = field(default_factory=dict)
     ignore_sigint: bool = False
+
+    def ranks(self, number: int) -> list[Command]:
+        """The same command once a rank, with the environment that `torchrun` gives."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number)}
+        return [
+            replace(self, env={**self.env, **places, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(number)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +155,8 @@ class Forked:
                     "arguments": [str(argument) for argument in command.arguments],
                     "cwd": str(command.cwd),
                     "env": dict(command.env),
-                    "kill_at_file_event": command.kill_at_file_event,
+                    "script": command.script,
+                    "signals": {str(event): int(number) for event, number in command.signals.items()},
                     "watched": None if command.watched is None else str(command.watched),
                     "ignore_sigint": command.ignore_sigint,
                     "output": str(folder),
@@ -255,7 +270,7 @@ def _be_the_command(request: Mapping[str, Any]) -> NoReturn:
         os.environ.update(request["env"])
         _unlike_other_children()
         events = _count_file_events(request)
-        code = _command(request["arguments"])
+        code = _command(request["arguments"]) if request["script"] is None else _script(request["script"])
         sys.stdout.flush()
         sys.stderr.flush()
         if request["watched"] is not None:
@@ -276,6 +291,11 @@ def _command(arguments: list[str]) -> int:
         return ended.code if isinstance(ended.code, int) else 1
 
 
+def _script(source: str) -> int:
+    exec(compile(source, "script", "exec"), {"__name__": "__main__"})
+    return 0
+
+
 def _unlike_other_children() -> None:
     import numpy as np
     import torch
@@ -288,7 +308,8 @@ def _unlike_other_children() -> None:
 
 def _count_file_events(request: Mapping[str, Any]) -> list[int]:
     count = [0]
-    watched, last = request["watched"], request["kill_at_file_event"]
+    watched = request["watched"]
+    signals = {int(event): number for event, number in request["signals"].items()}
     if watched is None:
         return count
     prefix = watched.rstrip("/")
@@ -303,8 +324,8 @@ def _count_file_events(request: Mapping[str, Any]) -> list[int]:
         ):
             return
         count[0] += 1
-        if count[0] == last:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if count[0] in signals:
+            os.kill(os.getpid(), signals[count[0]])
 
     sys.addaudithook(hook)
     return count

@@ -118,7 +118,7 @@ def test_kills_at_random_instants(new_run: NewRun, reference: Reference) -> None
 
 def die_at_file_event(run: TrainingRun, number: int) -> int:
     """The command, killed just before its n-th look at or change of a file in the run folder."""
-    return run.train(kill_at_file_event=number, watched=run.output).exit_code
+    return run.train(signals={number: signal.SIGKILL}, watched=run.output).exit_code
 
 
 def test_kills_between_file_operations(new_run: NewRun, reference: Reference) -> None:

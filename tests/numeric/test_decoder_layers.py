@@ -159,7 +159,8 @@ def test_less_is_kept_for_the_backward_pass(monkeypatch):
     """Bytes that autograd holds after a forward pass, parameters not counted."""
     kept = []
     batch = pack(examples(), [index for index, _ in itertools.product(range(5), range(8))])
-    for model in by_hand_and_plain(monkeypatch, CONFIGS["llama"], torch.float32):
+    wide = LlamaConfig(**{**SIZES, "hidden_size": 96, "intermediate_size": 256, "head_dim": 16})
+    for model in by_hand_and_plain(monkeypatch, wide, torch.float32):
         parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
         storages: dict[int, int] = {}
 

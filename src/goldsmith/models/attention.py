@@ -83,6 +83,8 @@ class PackLayout:
         num_tokens: N.
         groups: longest segments first.
         slot_N: int64 [N], where each token stands in the groups laid end to end.
+        ancestors: for each segment that others continue, (tokens of all segments below it, its own tokens): the former see
+            all of the latter, besides what they see of their own segment.
         gold_rows_R: int64 [R], ascending: the only positions whose last hidden state is wanted; a layer that knows that
             it is the last may leave out the others, and then returns [1, R, ...]. None: all are wanted.
         masks: masks of sliding windows, filled as layers ask for them.
@@ -91,6 +93,7 @@ class PackLayout:
     num_tokens: int
     groups: tuple[SegmentGroup, ...]
     slot_N: torch.Tensor
+    ancestors: tuple[tuple[slice, slice], ...] = ()
     gold_rows_R: torch.Tensor | None = None
     masks: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
 
@@ -100,8 +103,13 @@ class PackLayout:
         segment_lengths: Sequence[int],
         device: torch.device | str = "cpu",
         gold_rows_R: torch.Tensor | None = None,
+        segment_parents: Sequence[int] | None = None,
     ) -> PackLayout:
-        """The layout of segments of these lengths, in pack order."""
+        """The layout of segments of these lengths, in pack order.
+
+        Args:
+            segment_parents: -1 for none; a parent comes before its children, and all that is below it follows it at once.
+        """
         lengths = torch.as_tensor(segment_lengths, dtype=torch.int64)
         num_tokens = int(lengths.sum())
         starts = torch.cumsum(lengths, 0) - lengths
@@ -129,7 +137,13 @@ class PackLayout:
             )
             first += size
             offset += size * longest
-        return cls(num_tokens=num_tokens, groups=tuple(groups), slot_N=slot_N.to(device), gold_rows_R=gold_rows_R)
+        return cls(
+            num_tokens=num_tokens,
+            groups=tuple(groups),
+            slot_N=slot_N.to(device),
+            ancestors=_ancestors(lengths.tolist(), segment_parents or ()),
+            gold_rows_R=gold_rows_R,
+        )
 
     def window_mask(self, queries: int, keys: int, window: int, like: torch.Tensor) -> torch.Tensor:
         """Additive [queries, keys]: the last query sees the last key, each sees `window` keys up to itself."""
@@ -140,6 +154,25 @@ class PackLayout:
             mask.masked_fill_((distance < 0) | (distance >= window), float("-inf"))
             self.masks[key] = mask.to(like.device)
         return self.masks[key]
+
+
+def _ancestors(lengths: Sequence[int], parents: Sequence[int]) -> tuple[tuple[slice, slice], ...]:
+    """See `PackLayout.ancestors`; innermost last."""
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    last_below: dict[int, int] = {}
+    for segment, parent in enumerate(parents):
+        above = parent
+        while above != -1:
+            if not (above < segment and last_below.get(above, above) == segment - 1):
+                raise ValueError(f"segment {segment} does not follow what is below its ancestor {above} at once")
+            last_below[above] = segment
+            above = parents[above]
+    return tuple(
+        (slice(starts[above + 1], starts[last + 1]), slice(starts[above], starts[above + 1]))
+        for above, last in sorted(last_below.items())
+    )
 
 
 def group_segments(lengths: Sequence[int]) -> list[int]:
@@ -236,6 +269,8 @@ def packed_attention(
     if softcap is None and dropout == 0.0 and _is_cpu(query) and query.shape[-1] == value.shape[-1]:
         apply: Callable[..., torch.Tensor] = _PackedFlashCPU.apply
         return apply(query, key, value, layout, scale, sliding_window), None
+    if layout.ancestors:
+        raise RuntimeError(f"{name}: a shared context is computed on a CPU without a soft cap only")
     padded = [_gather_groups(tensor[0].transpose(0, 1), layout) for tensor in (query, key, value)]
     outputs = []
     for group, group_query, group_key, group_value in zip(layout.groups, *padded, strict=True):
@@ -333,14 +368,14 @@ def attend(
         query_NHD: may be a slice of a larger tensor; key and value may have fewer heads.
 
     Returns:
-        The attended values [N, H, D], contiguous, and what `attend_backward` needs besides the arguments.
+        The attended values [N, H, D], contiguous, and what `attend_backward` needs besides these and the arguments.
     """
     heads, width = query_NHD.shape[1], value_NHD.shape[2]
     out_NHD = query_NHD.new_empty(layout.num_tokens, heads, width)
     saved: list[torch.Tensor] = []
     padded = (_gather_groups(tensor, layout) for tensor in (query_NHD, key_NHD, value_NHD))
     for group, group_query, group_key, group_value in zip(layout.groups, *padded, strict=True):
-        if group.length <= SHORT_LENGTH:
+        if group.length <= SHORT_LENGTH and not layout.ancestors:
             out, probabilities = _attend_short(group_query, group_key, group_value, layout, scale, window)
             saved.append(probabilities)
             _scatter_group(out, group, out_NHD)
@@ -357,9 +392,44 @@ def attend(
                 scale=scale,
             )
             blocks.append(out)
-            saved += [out, log_normalizer]
+            saved.append(log_normalizer)
         _scatter_group(blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2), group, out_NHD)
+    if layout.ancestors:
+        saved = [_add_ancestors(query_NHD, key_NHD, value_NHD, out_NHD, saved, layout, scale)]
     return out_NHD, saved
+
+
+def _add_ancestors(
+    query_NHD: torch.Tensor,
+    key_NHD: torch.Tensor,
+    value_NHD: torch.Tensor,
+    out_NHD: torch.Tensor,
+    own_normalizers: Sequence[torch.Tensor],
+    layout: PackLayout,
+    scale: float,
+) -> torch.Tensor:
+    """Join what segments see of their ancestors to what they see of themselves, in place; returns log normalizers [N, H, 1].
+
+    Two attentions over disjoint keys join into that over all keys: each output is weighted with its share of the sum of
+    the exponentials, which the logarithms of these sums give.
+    """
+    normalizer_NH1 = query_NHD.new_empty(*out_NHD.shape[:2], 1)
+    for group, normalizer in zip(layout.groups, own_normalizers, strict=True):
+        _scatter_group(normalizer[..., None].to(normalizer_NH1.dtype), group, normalizer_NH1)
+    for below, above in layout.ancestors:
+        out, normalizer = _flash(
+            _as_one(query_NHD[below]), _as_one(key_NHD[above]), _as_one(value_NHD[above]), 0.0, False, scale=scale
+        )
+        theirs = normalizer[0].T[..., None].to(normalizer_NH1.dtype)
+        ours = normalizer_NH1[below]
+        both = torch.logaddexp(ours, theirs)
+        out_NHD[below] = out_NHD[below] * (ours - both).exp_() + out[0].transpose(0, 1) * (theirs - both).exp_()
+        normalizer_NH1[below] = both
+    return normalizer_NH1
+
+
+def _as_one(rows_NHD: torch.Tensor) -> torch.Tensor:
+    return rows_NHD.transpose(0, 1)[None]
 
 
 def attend_backward(
@@ -367,6 +437,7 @@ def attend_backward(
     query_NHD: torch.Tensor,
     key_NHD: torch.Tensor,
     value_NHD: torch.Tensor,
+    out_NHD: torch.Tensor,
     saved: Sequence[torch.Tensor],
     layout: PackLayout,
     scale: float,
@@ -375,13 +446,14 @@ def attend_backward(
     into: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> None:
     """The gradients of query, key and value, written over the three tensors `into`."""
-    padded = (_gather_groups(tensor, layout) for tensor in (query_NHD, key_NHD, value_NHD, grad_NHD))
-    left = iter(saved)
-    for group, group_query, group_key, group_value, group_grad in zip(layout.groups, *padded, strict=True):
+    padded = (_gather_groups(tensor, layout) for tensor in (query_NHD, key_NHD, value_NHD, out_NHD, grad_NHD))
+    # With ancestors these are the normalizers over all keys: a part's gradient needs the probabilities within the whole.
+    left = (group[..., 0] for group in _gather_groups(saved[0], layout)) if layout.ancestors else iter(saved)
+    for group, group_query, group_key, group_value, group_out, group_grad in zip(layout.groups, *padded, strict=True):
         if group.is_token_GL is not None:
             # A padded slot repeats a token, and must not repeat its gradient.
             group_grad = group_grad * group.is_token_GL.view(group.num_segments, 1, group.length, 1)
-        if group.length <= SHORT_LENGTH:
+        if group.length <= SHORT_LENGTH and not layout.ancestors:
             parts = _attend_short_backward(group_grad, group_query, group_key, group_value, next(left), scale)
             for target_NHD, part in zip(into, parts, strict=True):
                 _scatter_group(part, group, target_NHD)
@@ -394,8 +466,8 @@ def attend_backward(
                 group_query[:, :, queries],
                 group_key[:, :, keys],
                 group_value[:, :, keys],
-                next(left),
-                next(left),
+                group_out[:, :, queries],
+                next(left).contiguous(),
                 0.0,
                 mask is None,
                 attn_mask=mask,
@@ -405,6 +477,20 @@ def attend_backward(
                 total[:, :, where] += part
         for target_NHD, part in zip(into, sums or parts, strict=True):
             _scatter_group(part, group, target_NHD)
+    for below, above in layout.ancestors:
+        parts = _flash_backward(
+            _as_one(grad_NHD[below]),
+            _as_one(query_NHD[below]),
+            _as_one(key_NHD[above]),
+            _as_one(value_NHD[above]),
+            _as_one(out_NHD[below]),
+            saved[0][below, :, 0].T[None].contiguous(),
+            0.0,
+            False,
+            scale=scale,
+        )
+        for target_NHD, part, where in zip(into, parts, (below, above, above), strict=True):
+            target_NHD[where] += part[0].transpose(0, 1)
 
 
 def _attend_short(
@@ -479,16 +565,16 @@ class _PackedFlashCPU(torch.autograd.Function):
     ) -> torch.Tensor:
         query_NHD, key_NHD, value_NHD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         out_NHD, saved = attend(query_NHD, key_NHD, value_NHD, layout, scale, window)
-        ctx.save_for_backward(query_NHD, key_NHD, value_NHD, *saved)
+        ctx.save_for_backward(query_NHD, key_NHD, value_NHD, out_NHD, *saved)
         ctx.layout, ctx.scale, ctx.window = layout, scale, window
         return out_NHD[None]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
-        query, key, value, *saved = ctx.saved_tensors
+        query, key, value, out, *saved = ctx.saved_tensors
         into = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
-        attend_backward(grad_out[0], query, key, value, saved, ctx.layout, ctx.scale, ctx.window, into=into)
+        attend_backward(grad_out[0], query, key, value, out, saved, ctx.layout, ctx.scale, ctx.window, into=into)
         return (*(gradient.transpose(0, 1)[None] for gradient in into), None, None, None)
 
 

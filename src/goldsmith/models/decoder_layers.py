@@ -293,7 +293,7 @@ class _DecoderLayer(torch.autograd.Function):
             out_RD += p["mlp.down_proj.bias"]
 
         ctx.save_for_backward(
-            x_ND, cos_NW, sin_NW, scales_N1, joint, unnormed, head_scales, attended, middle_RD, middle_scales_R1,
+            x_ND, cos_NW, sin_NW, scales_N1, joint, unnormed, head_scales, attended_NHW, middle_RD, middle_scales_R1,
             gate_RI, up_RI, *tensors, *attention_saved,
         )  # fmt: skip
         ctx.settings, ctx.layout = settings, layout
@@ -304,7 +304,7 @@ class _DecoderLayer(torch.autograd.Function):
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
         settings, layout = ctx.settings, ctx.layout
         saved = ctx.saved_tensors
-        (x_ND, cos_NW, sin_NW, scales_N1, joint, unnormed, head_scales, attended, middle_RD, middle_scales_R1, gate_RI, up_RI) = saved[:12]  # fmt: skip  # noqa: E501
+        (x_ND, cos_NW, sin_NW, scales_N1, joint, unnormed, head_scales, attended_NHW, middle_RD, middle_scales_R1, gate_RI, up_RI) = saved[:12]  # fmt: skip  # noqa: E501
         p = dict(zip(PARAMETERS, saved[12 : 12 + len(PARAMETERS)], strict=True))
         attention_saved = saved[12 + len(PARAMETERS) :]
         needed = dict(zip(PARAMETERS, ctx.needs_input_grad[5:], strict=True))
@@ -338,9 +338,10 @@ class _DecoderLayer(torch.autograd.Function):
         del unscaled_RD, unscaled_grad, grad_normalized
 
         # Attention.
-        parameter_grads("self_attn.o_proj", grad_middle, attended)
-        grad_attended = grad_middle @ p["self_attn.o_proj.weight"]
         rows = layout.gold_rows_R if settings.is_last else None
+        attended = attended_NHW.flatten(1)
+        parameter_grads("self_attn.o_proj", grad_middle, attended if rows is None else attended.index_select(0, rows))
+        grad_attended = grad_middle @ p["self_attn.o_proj.weight"]
         if rows is not None:
             everywhere = grad_attended.new_zeros(x_ND.shape[0], grad_attended.shape[1])
             grad_attended = everywhere.index_copy_(0, rows, grad_attended)
@@ -356,6 +357,7 @@ class _DecoderLayer(torch.autograd.Function):
             query,
             key,
             value,
+            attended_NHW,
             attention_saved,
             layout,
             settings.scale,

@@ -62,12 +62,26 @@ class LikelihoodModel(nn.Module):
             soft_cap=getattr(config, "final_logit_softcapping", None),
         )
 
+    def shares_contexts(self, longest: int) -> bool:
+        """Whether packs of rows up to `longest` tokens may carry a shared context once (segments with a parent).
+
+        It is computed on a CPU, with full attention: neither a soft cap on the scores nor a window shorter than a row.
+        """
+        config = self.causal_lm.config.get_text_config()
+        windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+        is_windowed = any(isinstance(window, int) and window < longest for window in windows)
+        has_soft_cap = getattr(config, "attn_logit_softcapping", None) is not None
+        return self.device.type == "cpu" and not is_windowed and not has_soft_cap
+
     def gold_states(self, batch: PackedBatch) -> torch.Tensor:
         """[K, D]: the decoder's last hidden states at the positions that predict gold."""
-        if bool((batch.segment_parents >= 0).any()):
-            raise RuntimeError("segments with a parent (shared context) are not computed by this version")
         rows_R, row_of_target_K = torch.unique(batch.target_positions, return_inverse=True)
-        layout = PackLayout.plan(batch.segment_lengths.tolist(), device=batch.input_ids.device, gold_rows_R=rows_R)
+        layout = PackLayout.plan(
+            batch.segment_lengths.tolist(),
+            device=batch.input_ids.device,
+            gold_rows_R=rows_R,
+            segment_parents=batch.segment_parents.tolist(),
+        )
         with pack_layout(layout):
             decoder = self.causal_lm.get_decoder()
             output = decoder(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False)

@@ -129,7 +129,13 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
         if set(file.keys()) != set(weights):
             raise CheckpointError(f"{path}: holds other tensors than the model", remedy="use the recipe that made it")
         for name, tensor in weights.items():
-            tensor.copy_(file.get_tensor(name))
+            stored = file.get_tensor(name)
+            if stored.shape != tensor.shape:
+                raise CheckpointError(
+                    f"{path}: {name} has the shape {list(stored.shape)}, the model's is {list(tensor.shape)}",
+                    remedy="use the model that the run began with",
+                )
+            tensor.copy_(stored)
 
 
 def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

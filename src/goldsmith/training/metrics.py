@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import resource
 import sys
@@ -39,6 +40,8 @@ def layer_group(name: str) -> str:
 def update_to_weight(before: Mapping[str, torch.Tensor], after: NamedTensors) -> dict[str, float]:
     """Norm of the last update over the norm of the weights before it, per layer group.
 
+    A group is left out where that is no number: all its weights were 0, or some were not finite.
+
     Args:
         before: parameters by name, before the update.
         after: the same parameters now.
@@ -51,7 +54,8 @@ def update_to_weight(before: Mapping[str, torch.Tensor], after: NamedTensors) ->
     ratios = {}
     for group, pairs in squares.items():
         update, weight = torch.stack(pairs).double().sum(dim=0).sqrt().tolist()
-        ratios[group] = update / weight if weight > 0.0 else 0.0
+        if weight > 0.0 and math.isfinite(ratio := update / weight):
+            ratios[group] = ratio
     return ratios
 
 

@@ -274,10 +274,13 @@ class Trainer:
         assert data is not None
         started = time.perf_counter()
         share = range(distributed.rank(), len(data), distributed.world_size())
-        with autocast(self.device):
-            own = sum_log_likelihood(
-                self.model, data, tokens_per_microbatch=self.config.tokens_per_microbatch, indices=share
-            )
+        try:
+            with autocast(self.device):
+                own = sum_log_likelihood(
+                    self.model, data, tokens_per_microbatch=self.config.tokens_per_microbatch, indices=share
+                )
+        except NumericalError as error:
+            raise NumericalError(f"evaluation after step {step}: {error.message}", remedy=error.remedy) from error
         sums = torch.tensor(
             [own.weighted_nll, own.weight_sum, own.example_nll, own.example_weight_sum], dtype=torch.float64
         )
@@ -469,7 +472,9 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, note)
+            # What is ignored stays so: a Ctrl-C in a terminal is not meant for what a script put in the background.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                previous[number] = signal.signal(number, note)
     except ValueError:  # not in the main thread: the caller handles signals
         previous.clear()
     try:
