@@ -38,6 +38,8 @@ class StepRecord(_Record):
     Attributes:
         step: 1 for the first update.
         epoch: 0 for the first pass over the data.
+        tokens: of the step's rows.
+        shared_tokens: of these, how many were not computed because another row's context gave them.
         nll: weighted nll of the step's gold divided by its weight, in nats a token, whatever the normalisation.
         loss: what was differentiated (normalisation and label smoothing included).
         grad_norm: of all gradients together, before clipping.
@@ -51,6 +53,7 @@ class StepRecord(_Record):
     tokens: int
     gold_tokens: int
     microbatches: int
+    shared_tokens: int
     nll: float
     loss: float
     learning_rate: float

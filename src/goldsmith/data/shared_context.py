@@ -48,12 +48,15 @@ def shareable_length(target_weights: npt.NDArray[np.float32]) -> int:
     return int(gold[0]) if len(gold) else int(target_weights.shape[0]) - 1
 
 
-def shared_segments(rows: Sequence[TokenIds], shareable: Sequence[int]) -> list[Segment]:
+def shared_segments(
+    rows: Sequence[TokenIds], shareable: Sequence[int], *, min_saved: int = MIN_SAVED_TOKENS
+) -> list[Segment]:
     """The forest of some rows, every parent before its children and every subtree contiguous.
 
     Args:
         rows: token ids of each.
         shareable: how many tokens of each row, from its beginning, may be shared; fewer than it has.
+        min_saved: tokens that one shared stretch must save.
 
     >>> prompt = np.arange(100, dtype=np.int32)
     >>> rows = [np.append(prompt, [7]).astype(np.int32), np.append(prompt, [8, 9]).astype(np.int32)]
@@ -71,7 +74,7 @@ def shared_segments(rows: Sequence[TokenIds], shareable: Sequence[int]) -> list[
             segments.append(Segment(row=row, start=depth, stop=len(rows[row]), parent=parent, is_leaf=True))
             continue
         agreed = min(common[first + 1 : end])
-        if (end - first - 1) * (agreed - depth) >= MIN_SAVED_TOKENS:
+        if (end - first - 1) * (agreed - depth) >= min_saved:
             segments.append(Segment(row=order[first], start=depth, stop=agreed, parent=parent, is_leaf=False))
             depth, parent = agreed, len(segments) - 1
         cuts = [first, *(place for place in range(first + 1, end) if common[place] == agreed), end]
@@ -131,7 +134,9 @@ def _num_tokens(chosen: Sequence[int], rows: Sequence[TokenIds], shareable: Sequ
     return sum(segment.stop - segment.start for segment in segments)
 
 
-def pack_shared(examples: IndexedExamples, indices: Sequence[int] | npt.NDArray[np.int64]) -> PackedBatch:
+def pack_shared(
+    examples: IndexedExamples, indices: Sequence[int] | npt.NDArray[np.int64], *, min_saved: int = MIN_SAVED_TOKENS
+) -> PackedBatch:
     """`pack`, with contexts that several of the examples begin with laid down once.
 
     `target_positions` may repeat: several rows' first gold tokens may follow the same context token.
@@ -143,7 +148,7 @@ def pack_shared(examples: IndexedExamples, indices: Sequence[int] | npt.NDArray[
     rows = [token_ids[start : start + length] for start, length in zip(row_starts, lengths, strict=True)]
     first_gold = np.full(len(rows), np.iinfo(np.int64).max)
     np.minimum.at(first_gold, plain.target_example.numpy(), plain.target_positions.numpy() + 1)
-    segments = shared_segments(rows, (first_gold - row_starts).tolist())
+    segments = shared_segments(rows, (first_gold - row_starts).tolist(), min_saved=min_saved)
     if all(segment.parent == -1 for segment in segments):
         return plain
 

@@ -34,6 +34,7 @@ __all__ = [
     "PACKED_ATTENTION",
     "PackLayout",
     "SegmentGroup",
+    "SharedContextError",
     "attend",
     "attend_backward",
     "current_layout",
@@ -270,7 +271,7 @@ def packed_attention(
         apply: Callable[..., torch.Tensor] = _PackedFlashCPU.apply
         return apply(query, key, value, layout, scale, sliding_window), None
     if layout.ancestors:
-        raise RuntimeError(f"{name}: a shared context is computed on a CPU without a soft cap only")
+        raise SharedContextError(f"{name}: a shared context is computed by the flash kernel of the CPU only")
     padded = [_gather_groups(tensor[0].transpose(0, 1), layout) for tensor in (query, key, value)]
     outputs = []
     for group, group_query, group_key, group_value in zip(layout.groups, *padded, strict=True):
@@ -329,6 +330,10 @@ def _gather_groups(rows_NHD: torch.Tensor, layout: PackLayout) -> Iterator[torch
         own = slice(group.start, group.start + group.length)
         rows = rows_NHD[own] if is_alone else rows_NHD.index_select(0, group.token_GL)
         yield rows.view(group.num_segments, group.length, heads, width).transpose(1, 2)
+
+
+class SharedContextError(RuntimeError):
+    """This kind of attention does not compute segments with ancestors: pack every row with its own context."""
 
 
 Call = tuple[slice, slice, torch.Tensor | None]  # queries, keys, mask (None: causal over the same positions)

@@ -26,7 +26,9 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from goldsmith.data.packing import pack
+from goldsmith.data.shared_context import pack_shared
 from goldsmith.errors import ModelError
+from goldsmith.models.attention import SharedContextError
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.load import quiet_transformers
 from goldsmith.types import PackedBatch, TokenizedExample
@@ -67,6 +69,8 @@ class Proof:
         row_lengths: tokens of each row that was packed.
         num_layers: of the shrunk model.
         layer_kinds: every distinct kind of layer of the model, in order of appearance.
+        shares_contexts: rows that carry their context once get the same log-probabilities too. Where it is not so (a window,
+            a soft cap, latent attention, another device) every row is packed with its own context, which is never wrong.
     """
 
     name: str
@@ -75,6 +79,7 @@ class Proof:
     row_lengths: tuple[int, ...]
     num_layers: int
     layer_kinds: tuple[str, ...]
+    shares_contexts: bool
 
 
 _proofs: dict[str, Proof] = {}
@@ -407,6 +412,7 @@ def _carry_out(config: PreTrainedConfig, name: str, device: torch.device) -> Pro
                 row_lengths=lengths,
                 num_layers=len(_layers(model)),
                 layer_kinds=tuple(dict.fromkeys(_label(model, index) for index in range(len(_layers(model))))),
+                shares_contexts=_shares_contexts(model, likelihood, rows),
             )
     raise ModelError(
         f"{label}: packed rows do not get the log-probabilities that they get alone: {failure} "
@@ -526,6 +532,29 @@ def _record_layers(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _shares_contexts(model: PreTrainedModel, likelihood: LikelihoodModel, rows: Sequence[TokenizedExample]) -> bool:
+    """Whether three rows that carry their context once get what they get alone, in the model's own attention."""
+    context, family = rows[0], []
+    for row in (rows[1], rows[3], rows[4]):
+        weights = np.concatenate([np.zeros_like(context.target_weights), np.ones_like(row.target_weights)])
+        token_ids = np.concatenate([context.token_ids, row.token_ids])
+        family.append(dataclasses.replace(row, token_ids=token_ids, target_weights=weights))
+    longest = max(row.num_tokens for row in family)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
+    if longest > limit or not likelihood.shares_contexts(longest):
+        return False
+    batch = pack_shared(family, range(len(family)), min_saved=1).to(likelihood.device)
+    try:
+        with torch.no_grad():
+            shared = likelihood(batch).log_probs_K.float().cpu()
+    except SharedContextError:
+        return False
+    alone = _run_alone(model, family).log_probs
+    likelihood.use_packed_attention()
+    is_gold = torch.cat([torch.from_numpy(row.target_weights[1:] > 0) for row in family])
+    return _largest(shared - alone[is_gold]) <= TOLERANCE
 
 
 def _largest(difference: torch.Tensor) -> float:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from goldsmith import distributed
 from goldsmith.data.loader import Dataset
 from goldsmith.data.order import StepOrder
 from goldsmith.data.packing import pack, plan_microbatches
+from goldsmith.data.shared_context import pack_shared, plan_shared_microbatches, shareable_length
 from goldsmith.errors import NumericalError, StoppedBySignal
 from goldsmith.models.evaluate import sum_log_likelihood
 from goldsmith.models.likelihood import LikelihoodModel
@@ -55,6 +56,9 @@ class TrainingConfig(BaseModel):
     batch_size: int = Field(64, gt=0, description="examples an update: a statistical choice")
     tokens_per_microbatch: int = Field(8192, gt=0, description="tokens in memory at a time: changes no number")
     seed: int = Field(0, ge=0, description="of the data order and of new weights")
+    shared_context: Literal["auto", "off"] = Field(
+        "auto", description="carry a context that several rows of a micro-batch begin with once: changes no number"
+    )
     log_update_ratio_every: int = Field(10, gt=0, description="steps between two measurements of update_to_weight")
 
 
@@ -95,6 +99,7 @@ class _StepSums:
     weighted_nll: float
     nll_E: npt.NDArray[np.float64]
     microbatches: int
+    computed_tokens: int
 
 
 class Trainer:
@@ -106,6 +111,7 @@ class Trainer:
         evaluation: held-out gold, or None.
         total_steps: updates in all, resolved; see `planned_steps`.
         output_dir: the run folder.
+        can_share_contexts: whether the proof found that this model may carry a shared context once.
         progress: told of each step and evaluation; the main process only.
     """
 
@@ -122,6 +128,7 @@ class Trainer:
         checkpoint: CheckpointConfig,
         total_steps: int,
         output_dir: Path,
+        can_share_contexts: bool = True,
         progress: ProgressReporter | None = None,
     ) -> None:
         self.model = model
@@ -140,6 +147,9 @@ class Trainer:
         self.optimizer = build_optimizer(model.causal_lm.named_parameters(), optimizer)
         self.store = CheckpointStore(folder=output_dir / "checkpoints", keep=checkpoint.keep)
         self.state = TrainingState.initial()
+        self.shares_contexts = (
+            can_share_contexts and config.shared_context == "auto" and model.shares_contexts(int(train.lengths.max()))
+        )
         self.order = step_order(train, config)
 
     # One step
@@ -150,17 +160,24 @@ class Trainer:
         ranks = distributed.world_size()
         # Enough micro-batches for every rank, where the examples can be divided.
         budget = min(self.config.tokens_per_microbatch, math.ceil(int(lengths.sum()) / ranks))
-        plan = plan_microbatches(lengths.tolist(), max(budget, int(lengths.max())) if ranks > 1 else budget)
+        budget = max(budget, int(lengths.max())) if ranks > 1 else budget
+        if self.shares_contexts:
+            examples = [self.train_data[int(index)] for index in indices]
+            shareable = [shareable_length(example.target_weights) for example in examples]
+            plan = plan_shared_microbatches([example.token_ids for example in examples], shareable, budget)
+        else:
+            plan = plan_microbatches(lengths, budget)
         for members in plan[distributed.rank() :: ranks]:
             chosen = indices[members]
-            yield pack(self.train_data, chosen), np.asarray(members)
+            packed = pack_shared(self.train_data, chosen) if self.shares_contexts else pack(self.train_data, chosen)
+            yield packed, np.asarray(members)
 
     def forward_backward(self, indices: npt.NDArray[np.int64]) -> _StepSums:
         """Add the gradient of the step's loss to the parameters and return its sums over all ranks."""
         data = self.train_data
         normalization = self.objective.normalization
         denominator = step_denominator(data.example_weights[indices], data.weight_sums[indices], normalization)
-        microbatches = 0
+        microbatches = computed_tokens = 0
         losses: list[torch.Tensor] = []
         log_prob_sums: list[torch.Tensor] = []
         weighted: list[torch.Tensor] = []
@@ -171,6 +188,7 @@ class Trainer:
                 sums = self.model(batch, token_coefficients(batch, normalization, denominator=denominator))
             sums.weighted_nll.backward()
             microbatches += 1
+            computed_tokens += batch.num_tokens
             log_probs = sums.log_probs_K.double()
             per_example = torch.zeros(len(members), dtype=torch.float64, device=self.device)
             log_prob_sums.append(per_example.index_add_(0, batch.target_example, log_probs))
@@ -178,19 +196,20 @@ class Trainer:
             losses.append(sums.weighted_nll.detach().double())
             places.append(members)
 
-        totals = torch.zeros(len(indices) + 3, dtype=torch.float64)
+        totals = torch.zeros(len(indices) + 4, dtype=torch.float64)
         if microbatches:
             totals[np.concatenate(places)] = torch.cat(log_prob_sums).cpu()
-            totals[-3] = torch.stack(losses).sum().cpu()
-            totals[-2] = torch.stack(weighted).sum().cpu()
-        totals[-1] = microbatches
+            totals[-4] = torch.stack(losses).sum().cpu()
+            totals[-3] = torch.stack(weighted).sum().cpu()
+        totals[-2], totals[-1] = microbatches, computed_tokens
         totals = distributed.sum_tensor(totals.to(self.device)).cpu()
         distributed.sum_gradients(self.parameters)
         return _StepSums(
-            loss=float(totals[-3]),
-            weighted_nll=-float(totals[-2]),
-            nll_E=-totals[:-3].numpy(),
-            microbatches=int(totals[-1]),
+            loss=float(totals[-4]),
+            weighted_nll=-float(totals[-3]),
+            nll_E=-totals[:-4].numpy(),
+            microbatches=int(totals[-2]),
+            computed_tokens=int(totals[-1]),
         )
 
     def train_step(self, step: int) -> tuple[StepRecord, list[ExampleRecord]]:
@@ -230,6 +249,7 @@ class Trainer:
             tokens=tokens,
             gold_tokens=int(gold_tokens.sum()),
             microbatches=sums.microbatches,
+            shared_tokens=tokens - sums.computed_tokens,
             nll=sums.weighted_nll / step_denominator(data.example_weights[indices], data.weight_sums[indices], "token"),
             loss=sums.loss,
             learning_rate=rate,

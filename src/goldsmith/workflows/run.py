@@ -63,7 +63,13 @@ CALIBRATION_MARGIN = 1.1
 # Resolved once, written to the run's recipe.yaml, and read from there afterwards.
 AUTOMATIC_KEYS = ("model.device", "data.max_length", "training.max_steps")
 # What a resumed run may change: it is only shown, kept or cut.
-CHANGEABLE_KEYS = ("training.tokens_per_microbatch", "checkpoint.every_steps", "checkpoint.keep", "output_dir")
+CHANGEABLE_KEYS = (
+    "training.tokens_per_microbatch",
+    "training.shared_context",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    "output_dir",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +201,13 @@ def _run(
     silenced = silence_randomness(causal_lm)
     for name, value in silenced.items():
         say(f"{name}: {value} -> 0, so that the loss depends on the data alone")
-    prove(causal_lm.config, name=resolved.model.path or "model.init")
+    proof = prove(causal_lm.config, name=resolved.model.path or "model.init")
+    longer = int((train_data.lengths > resolved.training.tokens_per_microbatch).sum())
+    if longer:
+        say(
+            f"{longer:,} rows are longer than training.tokens_per_microbatch "
+            f"({resolved.training.tokens_per_microbatch:,}): each is a micro-batch by itself"
+        )
     model = LikelihoodModel(causal_lm, label_smoothing=resolved.objective.label_smoothing)
 
     trainer = Trainer(
@@ -209,6 +221,7 @@ def _run(
         checkpoint=resolved.checkpoint,
         total_steps=resolved.training.max_steps or planned_steps(train_data, resolved.training),
         output_dir=folder,
+        can_share_contexts=proof.shares_contexts,
         progress=progress_reporter(quiet=quiet) if distributed.is_main() else None,
     )
     if stored is None:

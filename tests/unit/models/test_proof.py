@@ -492,3 +492,19 @@ class TestManners:
         start = time.process_time()
         prove(self.TINY, name="tiny")
         assert time.process_time() - start < 1.5
+
+
+@pytest.mark.parametrize(
+    ("name", "shares"),
+    [
+        ("Llama-3.1-8B", True),
+        ("Qwen2.5-7B", True),
+        ("GPT-2", True),
+        ("Granite-3.1-8b", True),
+        ("Gemma-2-9b", False),
+        ("Mistral-7B", False),
+        ("DeepSeek-V3", False),
+    ],
+)
+def test_whether_a_context_may_be_carried_once(name: str, shares: bool) -> None:
+    assert prove(PUBLISHED[name], name=name).shares_contexts is shares
