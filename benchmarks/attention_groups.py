@@ -118,6 +118,19 @@ def fit(samples: Sequence[Sample]) -> dict[str, float]:
     return {**costs, "median relative error": float(np.median(errors))}
 
 
+def short_segments(heads: tuple[int, int, int], repeats: int) -> dict[int, float]:
+    """Time of plain products over that of the flash kernel, for one group of segments of each length."""
+    ratios = {}
+    for length in (8, 16, 24, 32, 48, 64):
+        layout = layout_of([length] * (2048 // length), [2048 // length])
+        times = []
+        for limit in (length, length - 1):
+            with mock.patch.object(attention, "SHORT_LENGTH", limit):
+                times.append(seconds(layout, heads, repeats))
+        ratios[length] = times[0] / times[1]
+    return ratios
+
+
 def packs() -> list[list[int]]:
     """Lengths of segments: even ones of many sizes, and mixed ones."""
     draw = random.Random(0)
@@ -167,7 +180,10 @@ def main() -> None:
             comparison[pack] = {cut: [one.groups, one.seconds] for cut, one in timed.items()}
             print(f"  {pack}: " + ", ".join(
                 f"{cut} ({one.groups}) {one.seconds * 1e3:.2f} ms" for cut, one in timed.items()))  # fmt: skip
-        figures[name] = {"costs": costs, "cuts": comparison}
+        short = short_segments(heads, options.repeats)
+        print("  plain products over the flash kernel, in time: " + ", ".join(
+            f"{ratio:.2f} at {length} tokens" for length, ratio in short.items()))  # fmt: skip
+        figures[name] = {"costs": costs, "cuts": comparison, "plain products over flash": short}
         print()
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")

@@ -83,6 +83,8 @@ class Stopwatch:
         self._device = device
         self._marks: list[float] = []
         self.losses: list[float] = []
+        # What else a system has to tell about its run: name to value.
+        self.notes: dict[str, Any] = {}
 
     def start(self) -> None:
         """Right before the first step, when model and data are loaded."""
@@ -139,6 +141,7 @@ def run_child(train: Callable[[Work, Setting, Stopwatch], None], packages: Seque
             "losses": stopwatch.losses,
             "tokens": tokens,
             "gold_tokens": gold_tokens,
+            "notes": stopwatch.notes,
             "peak_bytes": _peak_resident_bytes(),
         }
         if work.device.type == "cuda":

@@ -58,6 +58,7 @@ def summarise(result: Mapping[str, Any]) -> dict[str, Json]:
         summary[name] = {
             "outcome": "done",
             "setting": runs[0]["setting"],
+            "notes": runs[0]["notes"],
             "rounds": len(runs),
             "seconds": seconds,
             "tokens_per_second": result["workload"]["num_tokens"] / seconds,
@@ -126,6 +127,7 @@ def to_markdown(result: Mapping[str, Any]) -> str:
             marks.append("**void: other losses**")
         if row["is_disturbed"]:
             marks.append(f"disturbed: {row['most_foreign_cores']:.2f} cores busy elsewhere")
+        marks += [f"{note}: {value:,}" for note, value in row["notes"].items() if value]
         lines.append(
             f"| {name} | {setting_text(row['setting'])} | {row['seconds']:.1f} | {row['tokens_per_second']:,.0f} | "
             f"{row['fraction_of_matmul_rate']:.0%} | {row['peak_bytes'] / 1e9:.2f} GB | "

@@ -102,8 +102,6 @@ class Workload:
     in_all: bool = field(default=True)
 
 
-_UNSHARED = "goldsmith packs these rows apart: contexts that are alike are not shared yet"
-
 WORKLOADS: dict[str, Workload] = {
     "gsm8k-135m": Workload(
         shape=SMOLLM2_135M,
@@ -128,7 +126,6 @@ WORKLOADS: dict[str, Workload] = {
         batch_size=16,
         tokens_per_microbatch=1024,
         rows_per_microbatch=(16, 4, 1),
-        note=_UNSHARED,
     ),
     "shared-answers": Workload(
         shape=SMOLLM2_135M,
@@ -137,7 +134,6 @@ WORKLOADS: dict[str, Workload] = {
         batch_size=16,
         tokens_per_microbatch=1024,
         rows_per_microbatch=(16, 4, 1),
-        note=_UNSHARED,
     ),
     "bigvocab": Workload(
         shape=QWEN_WIDTH,

@@ -55,14 +55,14 @@ def sum_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Sum the gradients over ranks; a parameter without one counts as zero."""
-    if not dist.is_initialized():
-        return
+    """Sum the gradients over ranks; a parameter without one counts as zero, with a single process too."""
     bucket: list[torch.Tensor] = []
     size = 0
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+        if not dist.is_initialized():
+            continue
         if bucket and (size >= BUCKET_BYTES or bucket[0].dtype != parameter.grad.dtype):
             _sum_bucket(bucket)
             bucket, size = [], 0

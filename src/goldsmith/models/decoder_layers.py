@@ -380,6 +380,10 @@ class _DecoderLayer(torch.autograd.Function):
         for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
             parameter_grads(f"self_attn.{name}", part, normalized_ND)
         del normalized_ND
+        wanted = [grads.get(name) if needed[name] else None for name in PARAMETERS]
+        if not (ctx.needs_input_grad[0] or needed["input_layernorm.weight"]):
+            # Nothing below this layer is trained.
+            return (None, None, None, None, None, *wanted)
         grad_normalized = parts[0] @ p["self_attn.q_proj.weight"]
         grad_normalized.addmm_(parts[1], p["self_attn.k_proj.weight"])
         grad_normalized.addmm_(parts[2], p["self_attn.v_proj.weight"])
@@ -390,7 +394,7 @@ class _DecoderLayer(torch.autograd.Function):
             grad_x = torch.addcmul(grad_middle, unscaled_grad, scales_N1)
         else:
             grad_x = unscaled_grad.mul_(scales_N1).index_add_(0, rows, grad_middle)
-        wanted = (grads.get(name) if needed[name] else None for name in PARAMETERS)
+        wanted[0] = grads["input_layernorm.weight"] if needed["input_layernorm.weight"] else None
         return (grad_x, None, None, None, None, *wanted)
 
 

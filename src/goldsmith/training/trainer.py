@@ -159,8 +159,8 @@ class Trainer:
         lengths = self.train_data.lengths[indices]
         ranks = distributed.world_size()
         # Enough micro-batches for every rank, where the examples can be divided.
-        budget = min(self.config.tokens_per_microbatch, math.ceil(int(lengths.sum()) / ranks))
-        budget = max(budget, int(lengths.max())) if ranks > 1 else budget
+        share = max(math.ceil(int(lengths.sum()) / ranks), int(lengths.max()))
+        budget = min(self.config.tokens_per_microbatch, share)
         if self.shares_contexts:
             examples = [self.train_data[int(index)] for index in indices]
             shareable = [shareable_length(example.target_weights) for example in examples]
