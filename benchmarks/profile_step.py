@@ -24,6 +24,7 @@ from system_goldsmith import build_trainer
 from torch.profiler import ProfilerActivity, profile
 from workloads import WORKLOADS, prepare
 
+from goldsmith.models.step import microbatches
 from goldsmith.objective.normalization import token_coefficients
 from goldsmith.training.metrics import peak_memory_bytes
 from goldsmith.training.trainer import Trainer
@@ -99,7 +100,13 @@ def memory_table(trainer: Trainer, top: int) -> list[str]:
             storages.append(storage)
         return tensor
 
-    packed, _ = next(iter(trainer.microbatches(trainer.order.step(1)[1])))
+    packs = microbatches(
+        trainer.train_data,
+        trainer.order.step(1)[1],
+        tokens_per_microbatch=trainer.config.tokens_per_microbatch,
+        shares_contexts=False,
+    )
+    packed, _ = next(packs)
     batch = packed.to(trainer.device)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         sums = trainer.model(batch, token_coefficients(batch, "token"))

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import distributed as dist
 
+from goldsmith.errors import MachineError
+
 __all__ = ["agree", "barrier", "is_main", "process_group", "rank", "sum_gradients", "sum_tensor", "world_size"]
 
 # Gradients travel in flat buckets of this many bytes.
@@ -21,13 +23,30 @@ BUCKET_BYTES = 64 * 2**20
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the processes that `torchrun` started (its environment variables say so) and leave at the end."""
+    """Join the processes that `torchrun` started (its environment variables say so) and leave at the end.
+
+    Args:
+        device: `cuda` without a number becomes, in each process, the GPU of its `LOCAL_RANK`.
+
+    Raises:
+        MachineError: another process ended while this one waited for it; that one says why.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
+    if device.type == "cuda" and device.index is None:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
+    except RuntimeError as error:
+        # Gloo raises what every part of torch does; it names its own source file.
+        if isinstance(error, dist.DistError) or "/gloo/" in str(error):
+            raise MachineError(
+                f"process {rank()} of {world_size()}: another process ended, or cannot be reached any more",
+                remedy="see what the others said, and give the same command again",
+            ) from error
+        raise
     finally:
         dist.destroy_process_group()
 

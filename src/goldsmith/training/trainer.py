@@ -25,22 +25,20 @@ from pydantic import BaseModel, ConfigDict, Field
 from goldsmith import distributed
 from goldsmith.data.loader import Dataset
 from goldsmith.data.order import StepOrder
-from goldsmith.data.packing import pack, plan_microbatches
-from goldsmith.data.shared_context import pack_shared, plan_shared_microbatches, shareable_length
 from goldsmith.errors import NumericalError, StoppedBySignal
 from goldsmith.models.evaluate import sum_log_likelihood
 from goldsmith.models.likelihood import LikelihoodModel
+from goldsmith.models.step import StepSums, autocast, forward_backward
 from goldsmith.objective.cross_entropy import ObjectiveConfig
-from goldsmith.objective.normalization import step_denominator, token_coefficients
+from goldsmith.objective.normalization import step_denominator
 from goldsmith.records import EvaluationRecord, ExampleRecord, StepRecord, TrainingState
 from goldsmith.storage import JsonLinesWriter, fail_point
 from goldsmith.training.checkpoint import CheckpointConfig, CheckpointStore
 from goldsmith.training.metrics import peak_memory_bytes, read_evaluations, update_to_weight
 from goldsmith.training.optimizer import OptimizerConfig, build_optimizer, learning_rate
 from goldsmith.training.progress import NoProgress, ProgressReporter
-from goldsmith.types import PackedBatch
 
-__all__ = ["EvaluationConfig", "Trainer", "TrainingConfig", "TrainingResult", "autocast", "planned_steps"]
+__all__ = ["EvaluationConfig", "Trainer", "TrainingConfig", "TrainingResult", "planned_steps"]
 
 
 class TrainingConfig(BaseModel):
@@ -89,17 +87,6 @@ class TrainingResult:
     best_nll: float | None
     stopped_early: bool
     seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class _StepSums:
-    """What the micro-batches of a step add up to, over all ranks; per example in the order of the step."""
-
-    loss: float
-    weighted_nll: float
-    nll_E: npt.NDArray[np.float64]
-    microbatches: int
-    computed_tokens: int
 
 
 class Trainer:
@@ -154,62 +141,15 @@ class Trainer:
 
     # One step
 
-    def microbatches(self, indices: npt.NDArray[np.int64]) -> Iterator[tuple[PackedBatch, npt.NDArray[np.int64]]]:
-        """This rank's share of a step, packed; with each the positions of its examples within `indices`."""
-        lengths = self.train_data.lengths[indices]
-        ranks = distributed.world_size()
-        # Enough micro-batches for every rank, where the examples can be divided.
-        share = max(math.ceil(int(lengths.sum()) / ranks), int(lengths.max()))
-        budget = min(self.config.tokens_per_microbatch, share)
-        if self.shares_contexts:
-            examples = [self.train_data[int(index)] for index in indices]
-            shareable = [shareable_length(example.target_weights) for example in examples]
-            plan = plan_shared_microbatches([example.token_ids for example in examples], shareable, budget)
-        else:
-            plan = plan_microbatches(lengths, budget)
-        for members in plan[distributed.rank() :: ranks]:
-            chosen = indices[members]
-            packed = pack_shared(self.train_data, chosen) if self.shares_contexts else pack(self.train_data, chosen)
-            yield packed, np.asarray(members)
-
-    def forward_backward(self, indices: npt.NDArray[np.int64]) -> _StepSums:
+    def forward_backward(self, indices: npt.NDArray[np.int64]) -> StepSums:
         """Add the gradient of the step's loss to the parameters and return its sums over all ranks."""
-        data = self.train_data
-        normalization = self.objective.normalization
-        denominator = step_denominator(data.example_weights[indices], data.weight_sums[indices], normalization)
-        microbatches = computed_tokens = 0
-        losses: list[torch.Tensor] = []
-        log_prob_sums: list[torch.Tensor] = []
-        weighted: list[torch.Tensor] = []
-        places: list[npt.NDArray[np.int64]] = []
-        for packed, members in self.microbatches(indices):
-            batch = packed.to(self.device)
-            with autocast(self.device):
-                sums = self.model(batch, token_coefficients(batch, normalization, denominator=denominator))
-            sums.weighted_nll.backward()
-            microbatches += 1
-            computed_tokens += batch.num_tokens
-            log_probs = sums.log_probs_K.double()
-            per_example = torch.zeros(len(members), dtype=torch.float64, device=self.device)
-            log_prob_sums.append(per_example.index_add_(0, batch.target_example, log_probs))
-            weighted.append((log_probs * token_coefficients(batch, "token")).sum())
-            losses.append(sums.weighted_nll.detach().double())
-            places.append(members)
-
-        totals = torch.zeros(len(indices) + 4, dtype=torch.float64)
-        if microbatches:
-            totals[np.concatenate(places)] = torch.cat(log_prob_sums).cpu()
-            totals[-4] = torch.stack(losses).sum().cpu()
-            totals[-3] = torch.stack(weighted).sum().cpu()
-        totals[-2], totals[-1] = microbatches, computed_tokens
-        totals = distributed.sum_tensor(totals.to(self.device)).cpu()
-        distributed.sum_gradients(self.parameters)
-        return _StepSums(
-            loss=float(totals[-4]),
-            weighted_nll=-float(totals[-3]),
-            nll_E=-totals[:-4].numpy(),
-            microbatches=int(totals[-2]),
-            computed_tokens=int(totals[-1]),
+        return forward_backward(
+            self.model,
+            self.train_data,
+            indices,
+            normalization=self.objective.normalization,
+            tokens_per_microbatch=self.config.tokens_per_microbatch,
+            shares_contexts=self.shares_contexts,
         )
 
     def train_step(self, step: int) -> tuple[StepRecord, list[ExampleRecord]]:
@@ -273,7 +213,7 @@ class Trainer:
         return record, examples
 
     def _numerical_error(
-        self, step: int, indices: npt.NDArray[np.int64], sums: _StepSums, grad_norm: float
+        self, step: int, indices: npt.NDArray[np.int64], sums: StepSums, grad_norm: float
     ) -> NumericalError:
         blamed = indices[~np.isfinite(sums.nll_E)]
         what = "these examples" if len(blamed) else "the gradient, and no single example, in a step of"
@@ -472,11 +412,6 @@ def step_order(data: Dataset, config: TrainingConfig) -> StepOrder:
 def planned_steps(data: Dataset, config: TrainingConfig) -> int:
     """Updates that `epochs` or `max_steps` ask for, before `max_seconds` is looked at."""
     return config.max_steps or step_order(data, config).steps_before(config.epochs)
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 products on CUDA; float32 (or the model's own precision) on a CPU."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
 @contextlib.contextmanager

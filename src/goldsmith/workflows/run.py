@@ -559,7 +559,7 @@ def _steps_within_time(trainer: Trainer, recipe: Recipe) -> int:
     seconds = recipe.training.max_seconds
     if seconds is None:
         return trainer.total_steps
-    measured = torch.tensor(trainer.seconds_a_step(), dtype=torch.float64)
+    measured = torch.tensor(trainer.seconds_a_step(), dtype=torch.float64, device=trainer.device)
     slowest = float(distributed.sum_tensor(measured)) / distributed.world_size()
     return max(1, min(trainer.total_steps, int(seconds / (slowest * CALIBRATION_MARGIN))))
 

@@ -14,6 +14,7 @@ from small_trainer import build_model, build_trainer, make_examples, weights
 
 from goldsmith.data.loader import Dataset
 from goldsmith.errors import CheckpointError, NumericalError, StoppedBySignal
+from goldsmith.models.step import microbatches
 from goldsmith.records import EvaluationRecord, StepRecord
 from goldsmith.training.optimizer import learning_rate
 from goldsmith.training.trainer import Trainer, TrainingConfig, planned_steps, stop_on_signals
@@ -177,7 +178,13 @@ def test_a_run_that_stopped_early_stays_stopped(tmp_path: Path, monkeypatch: pyt
 
 
 def test_patience_is_carried_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings: dict[str, Any] = {"max_steps": 50, "batch_size": 4, "evaluate_every": 1, "early_stopping": 3, "save_every": 1}
+    settings: dict[str, Any] = {
+        "max_steps": 50,
+        "batch_size": 4,
+        "evaluate_every": 1,
+        "early_stopping": 3,
+        "save_every": 1,
+    }
     trainer = build_trainer(tmp_path, TRAIN, evaluation=HELD_OUT, **settings)
     scripted_evaluations(trainer, monkeypatch, [5.0, 4.0, 4.5, 4.5])
     own_log = trainer.progress.evaluation
@@ -217,9 +224,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path: Path, v
     trainer = build_trainer(tmp_path, TRAIN, max_steps=4, batch_size=4, save_every=1)
     trainer.train_step(1)
     before = weights(trainer)
-    moments = {
-        name: value.clone() for state in trainer.optimizer.state.values() for name, value in state.items()
-    }
+    moments = {name: value.clone() for state in trainer.optimizer.state.values() for name, value in state.items()}
     spoil_gradient(trainer, value)
     with pytest.raises(NumericalError, match=r"step 2: loss \d.*the gradient, and no single example") as error:
         trainer.train_step(2)
@@ -469,7 +474,9 @@ def test_the_share_of_a_rank_keeps_the_budget(tmp_path: Path, monkeypatch: pytes
             monkeypatch.setattr(distributed, "world_size", lambda ranks=ranks: ranks)
             for rank in range(ranks):
                 monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-                for batch, members in trainer.microbatches(np.arange(7)):
+                for batch, members in microbatches(
+                    trainer.train_data, np.arange(7), tokens_per_microbatch=budget, shares_contexts=False
+                ):
                     assert len(members) == 1 or int(batch.segment_lengths.sum()) <= budget
                     seen.extend(members.tolist())
             assert sorted(seen) == list(range(7))
