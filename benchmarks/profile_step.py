@@ -1,6 +1,6 @@
 """Where the time and the memory of one goldsmith step go.
 
-    .venv/bin/python benchmarks/profile_step.py [--workload gsm8k-135m] [--rows 8] [--top 15]
+    .venv/bin/python benchmarks/profile_step.py [--workload gsm8k-135m] [--rows 16] [--top 15] [--kind element-wise]
 
 A warm-up step, the steps under the clock alone, the last of them again under `torch.profiler` (the first one also measures
 update_to_weight), and a forward pass that notes every tensor kept for the backward pass, with the line of code that made
@@ -61,8 +61,8 @@ def kind_of(operator: str) -> str:
     return REST
 
 
-def time_table(trainer: Trainer, step: int, top: int) -> list[str]:
-    """Profile one step; lines to print."""
+def time_table(trainer: Trainer, step: int, top: int, kind: str) -> list[str]:
+    """Profile one step; lines to print. The operators listed are those whose kind begins with `kind`."""
     started = time.perf_counter()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         trainer.train_step(step)
@@ -77,8 +77,11 @@ def time_table(trainer: Trainer, step: int, top: int) -> list[str]:
     for kind, seconds in sorted(kinds.items(), key=lambda item: -item[1]):
         lines.append(f"  {seconds:8.3f} s  {seconds / wall:6.1%}  {kind} ({calls[kind]:,} calls)")
     lines.append(f"  {wall - sum(kinds.values()):8.3f} s  {1 - sum(kinds.values()) / wall:6.1%}  outside of operators")
-    lines.append(f"the {top} largest operators by input shapes:")
-    for event in sorted(profiler.key_averages(group_by_input_shape=True), key=lambda e: -e.self_cpu_time_total)[:top]:
+    lines.append(f"the {top} largest operators{f' of kind {kind}' if kind else ''} by input shapes:")
+    by_shape = [
+        event for event in profiler.key_averages(group_by_input_shape=True) if kind_of(event.key).startswith(kind)
+    ]
+    for event in sorted(by_shape, key=lambda event: -event.self_cpu_time_total)[:top]:
         shapes = ", ".join(str(list(shape)) for shape in event.input_shapes if shape)
         lines.append(
             f"  {event.self_cpu_time_total / 1e6:8.3f} s  {event.count:6,} x {event.key.removeprefix('aten::')} {shapes[:110]}"
@@ -138,6 +141,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="rows to draw steps from; a step holds at most a batch of them")
     parser.add_argument("--tokens-per-microbatch", type=int)
     parser.add_argument("--top", type=int, default=15)
+    parser.add_argument("--kind", default="", help="list operators of this kind only, such as element-wise")
     options = parser.parse_args()
     workload = WORKLOADS[options.workload]
     budget = options.tokens_per_microbatch or workload.tokens_per_microbatch
@@ -166,7 +170,7 @@ def main() -> None:
         print(
             f"peak resident memory {peak / 1e9:.2f} GB, of which weights, gradients and both moments {states / 1e9:.2f} GB"
         )
-        print("\n".join(time_table(trainer, last, options.top)))
+        print("\n".join(time_table(trainer, last, options.top, options.kind)))
         print("\n".join(memory_table(trainer, options.top)))
 
 

@@ -288,3 +288,50 @@ def test_evaluation_leaves_the_step_after_it_as_it_was(tmp_path: Path) -> None:
     watched.train()
     for name, tensor in weights(plain).items():
         assert torch.equal(tensor, weights(watched)[name]), name
+
+
+# --- shared contexts
+
+
+def with_shared_contexts(number: int) -> list[TokenizedExample]:
+    """Every four rows begin with the same context, long enough to be worth sharing."""
+    examples = make_examples(number, seed=11)
+    generator = np.random.default_rng(12)
+    shared = []
+    for index, example in enumerate(examples):
+        if index % 4 == 0:
+            context = generator.integers(0, 31, size=int(generator.integers(26, 34))).astype(np.int32)
+        shared.append(
+            replace(
+                example,
+                token_ids=np.concatenate([context, example.token_ids]),
+                target_weights=np.concatenate([np.zeros(len(context), dtype=np.float32), example.target_weights]),
+            )
+        )
+    return shared
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_a_context_carried_once_changes_no_number(
+    tmp_path: Path, normalization: str, record_property: Any
+) -> None:
+    examples = with_shared_contexts(16)
+    indices = list(range(16))
+    settings: dict[str, Any] = {"normalization": normalization, "batch_size": 16}
+    plain = build_trainer(tmp_path, examples, shared_context="off", tokens_per_microbatch=ALL_AT_ONCE, **settings)
+    assert not plain.shares_contexts
+    loss, nll_E, truth, _ = one_step(plain, indices)
+    worst_loss = worst_gradient = 0.0
+    for budget in (*BUDGETS, 220):
+        trainer = build_trainer(tmp_path, examples, tokens_per_microbatch=budget, **settings)
+        assert trainer.shares_contexts
+        got_loss, got_nll_E, got, _ = one_step(trainer, indices)
+        if budget == ALL_AT_ONCE:
+            record, _ = build_trainer(tmp_path, examples, tokens_per_microbatch=budget, **settings).train_step(1)
+            assert record.shared_tokens >= 4 * 3 * 26
+        np.testing.assert_allclose(got_nll_E, nll_E, rtol=LOSS_TOLERANCE)
+        worst_loss = max(worst_loss, abs(got_loss - loss) / abs(loss))
+        worst_gradient = max(worst_gradient, *relative_errors(got, truth).values())
+    report(record_property, loss_error=worst_loss, gradient_error=worst_gradient)
+    assert worst_loss <= LOSS_TOLERANCE
+    assert worst_gradient <= GRADIENT_TOLERANCE

@@ -106,6 +106,19 @@ def test_same_loss_and_gradient(name):
         assert float(error) <= 1e-10, key
 
 
+def test_no_two_gold_tokens_need_follow_the_same_token():
+    """Words that share no more than their beginning: as many positions as targets, and yet in another order."""
+    rng = np.random.default_rng(3)
+    shared_beginning = rng.integers(0, 61, 70).tolist()
+    rows = [example(shared_beginning + rng.integers(0, 61, 20).tolist(), 80, number=number) for number in range(6)]
+    apart, shared = pack(rows, range(len(rows))), pack_shared(rows, range(len(rows)))
+    assert len(shared.target_positions.unique()) == len(shared.target_positions)
+    assert not torch.equal(shared.target_positions, shared.target_positions.sort().values)
+    model = model_of("llama")
+    with torch.no_grad():
+        assert float((model(apart).log_probs_K - model(shared).log_probs_K).abs().max()) <= 1e-5
+
+
 def test_children_do_not_see_each_other():
     rows = families()
     model = model_of("llama").eval()

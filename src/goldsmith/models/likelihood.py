@@ -88,7 +88,9 @@ class LikelihoodModel(nn.Module):
         hidden: torch.Tensor = output.last_hidden_state[0]
         if hidden.shape[0] == batch.num_tokens:
             return hidden.index_select(0, batch.target_positions)
-        return hidden if rows_R.shape == row_of_target_K.shape else hidden.index_select(0, row_of_target_K)
+        # Rows are ascending; targets are not where contexts are shared, nor does each then have a row of its own.
+        in_order = torch.equal(row_of_target_K, torch.arange(len(rows_R), device=rows_R.device))
+        return hidden if in_order else hidden.index_select(0, row_of_target_K)
 
     def forward(self, batch: PackedBatch, coefficients_K: torch.Tensor | None = None) -> ObjectiveSums:
         """Sums over the gold of a pack.

@@ -58,19 +58,19 @@ def save_model(
     temporary = folder.with_name(f".{folder.name}.tmp")
     if temporary.exists():
         shutil.rmtree(temporary)
-    weights = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()
-    }
+    weights = _state_in(dtype, model)
     trained_dtype = model.config.dtype
     as_trained = _set_config(model, silenced or {})
     try:
-        model.config.dtype = dtype
         if model.generation_config is not None:
             known = model.generation_config.eos_token_id
             known_ids = [] if known is None else known if isinstance(known, list) else [known]
             ids = list(dict.fromkeys([*known_ids, *end_token_ids]))
             model.generation_config.eos_token_id = ids[0] if len(ids) == 1 else ids or None
         model.save_pretrained(temporary, state_dict=weights)
+        # It wrote the dtype of the parameters; who loads the folder goes by the configuration, so it says the files'.
+        model.config.dtype = dtype
+        model.config.save_pretrained(temporary)
         fail_point("export.model")
         tokenizer.save_pretrained(temporary)
         fail_point("export.rename")
@@ -82,6 +82,17 @@ def save_model(
         model.config.dtype = trained_dtype
         _set_config(model, as_trained)
     fail_point("export.renamed")
+
+
+def _state_in(dtype: torch.dtype, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Every tensor by name, floating ones in `dtype`; tied ones stay one tensor, so that they are written once."""
+    cast: dict[int, torch.Tensor] = {}
+    state = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in cast:
+            cast[id(tensor)] = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
+        state[name] = cast[id(tensor)]
+    return state
 
 
 def _set_config(model: PreTrainedModel, values: Mapping[str, object]) -> dict[str, object]:

@@ -8,29 +8,25 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 import goldsmith
 from goldsmith import distributed
-from goldsmith.data.loader import Dataset, load_dataset, read_texts
+from goldsmith.data.loader import Dataset
 from goldsmith.data.rendering import Renderer
-from goldsmith.data.tokenizer import load_tokenizer, train_tokenizer
+from goldsmith.data.tokenizer import load_tokenizer
 from goldsmith.errors import ConfigError, MachineError
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.load import (
-    init_causal_lm,
-    load_causal_lm,
-    load_config,
     resolve_device,
-    resolve_model_folder,
     silence_randomness,
     stored_dtype,
 )
@@ -41,11 +37,10 @@ from goldsmith.training.checkpoint import checkpoint_bytes
 from goldsmith.training.progress import progress_reporter
 from goldsmith.training.result import Parity, check_parity, save_model
 from goldsmith.training.trainer import Trainer, TrainingResult, planned_steps
+from goldsmith.workflows.materials import RowList, Rows, causal_lm_of, dataset_of, own_limit_of, tokenizer_of
 
 __all__ = ["RunResult", "train"]
 
-Rows = Iterable[Mapping[str, object]]
-RowList = Sequence[Mapping[str, object]]
 
 RECIPE, DATA, ENVIRONMENT, RESULT, TOKENIZER = (
     "recipe.yaml",
@@ -177,17 +172,17 @@ def _run(
                     remedy="name held-out files in data.eval, or take the key out",
                 )
     # The model's folder first: a model that is not there should be named as such, and not by its tokenizer.
-    own_limit = _own_limit(resolved)
+    own_limit = own_limit_of(resolved)
     tokenizer = _shared_tokenizer(resolved, folder, train_rows)
     max_length = resolved.data.max_length or own_limit
     renderer = Renderer(tokenizer, resolved.rendering, max_length)
-    train_data = _dataset(resolved, renderer, "train", train_rows)
+    train_data = dataset_of(resolved, renderer, "train", train_rows)
     say(f"training data: {train_data.report.used:,} of {train_data.report.rows_in:,} rows, "
         f"{train_data.report.gold_tokens:,} gold of {train_data.report.tokens:,} tokens")  # fmt: skip
     _say_unknown(say, train_data, "training data")
     eval_data = None
     if resolved.data.eval or eval_rows is not None:
-        eval_data = _dataset(resolved, renderer, "eval", eval_rows)
+        eval_data = dataset_of(resolved, renderer, "eval", eval_rows)
         say(f"held-out data: {eval_data.report.used:,} of {eval_data.report.rows_in:,} rows")
         _say_unknown(say, eval_data, "held-out data")
 
@@ -197,7 +192,7 @@ def _run(
         say(f"{num_longer:,} rows are longer than training.tokens_per_microbatch ({budget:,}): each of them is a "
             "micro-batch by itself, and takes the memory that it takes")  # fmt: skip
 
-    causal_lm = _causal_lm(resolved, tokenizer, device)
+    causal_lm = causal_lm_of(resolved, tokenizer, device)
     silenced = silence_randomness(causal_lm)
     for name, value in silenced.items():
         say(f"{name}: {value} -> 0, so that the loss depends on the data alone")
@@ -480,19 +475,18 @@ def _explained_disk_full(folder: Path) -> Iterator[None]:
         ) from error
 
 
-# What the recipe names
-
-
 def _shared_tokenizer(recipe: Recipe, folder: Path, train_rows: RowList | None) -> PreTrainedTokenizerBase:
-    """The same tokenizer in every process: where one is learnt, one process learns it and the others read it.
+    """The run's own tokenizer where it has one already, and the same in every process: one learns it, the others read it.
 
     Training a unigram tokenizer is not deterministic, so each learning its own would not do.
     """
-    if distributed.world_size() == 1 or recipe.tokenizer.train is None or (folder / DATA).is_file():
-        return _tokenizer(recipe, folder, train_rows)
+    if (folder / DATA).is_file():
+        return load_tokenizer(str(folder / TOKENIZER))
+    if distributed.world_size() == 1 or recipe.tokenizer.train is None:
+        return tokenizer_of(recipe, train_rows)
     temporary = folder / f".{TOKENIZER}.tmp"
     if distributed.is_main():
-        tokenizer = _tokenizer(recipe, folder, train_rows)
+        tokenizer = tokenizer_of(recipe, train_rows)
         shutil.rmtree(temporary, ignore_errors=True)
         tokenizer.save_pretrained(temporary)
     distributed.barrier()
@@ -500,58 +494,6 @@ def _shared_tokenizer(recipe: Recipe, folder: Path, train_rows: RowList | None) 
         tokenizer = load_tokenizer(str(temporary))
     distributed.barrier()
     return tokenizer
-
-
-def _tokenizer(recipe: Recipe, folder: Path, train_rows: RowList | None) -> PreTrainedTokenizerBase:
-    """The run's own tokenizer where it has one already; else learnt from the training rows, or the model's."""
-    if (folder / DATA).is_file():
-        return load_tokenizer(str(folder / TOKENIZER))
-    if recipe.tokenizer.train is not None:
-        contexts, golds = read_texts(
-            recipe.data.train if train_rows is None else train_rows, config=recipe.data, base_folder=Path.cwd()
-        )
-        return train_tokenizer(recipe.tokenizer.train, [*contexts, recipe.rendering.separator], gold_texts=golds)
-    path = recipe.tokenizer.path or recipe.model.path
-    assert path is not None
-    return load_tokenizer(path, revision=recipe.model.revision if recipe.tokenizer.path is None else None)
-
-
-def _own_limit(recipe: Recipe) -> int | None:
-    """The positions that the model's configuration names."""
-    if recipe.model.path is not None:
-        config = load_config(resolve_model_folder(recipe.model.path, revision=recipe.model.revision))
-        return getattr(config.get_text_config(), "max_position_embeddings", None)
-    assert recipe.model.init is not None
-    return recipe.model.init.get("max_position_embeddings")
-
-
-def _dataset(recipe: Recipe, renderer: Renderer, split: Literal["train", "eval"], rows: Rows | None) -> Dataset:
-    sources = recipe.data.train if split == "train" else recipe.data.eval
-    return load_dataset(
-        sources if rows is None else rows,
-        config=recipe.data,
-        renderer=renderer,
-        base_folder=Path.cwd(),
-        split=split,
-    )
-
-
-def _causal_lm(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
-    if recipe.model.path is not None:
-        return load_causal_lm(
-            recipe.model.path, revision=recipe.model.revision, dtype=recipe.model.dtype, device=device
-        )
-    assert recipe.model.init is not None
-    return init_causal_lm(
-        recipe.model.init,
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        seed=recipe.training.seed,
-        dtype=recipe.model.dtype,
-        device=device,
-    )
 
 
 def _steps_within_time(trainer: Trainer, recipe: Recipe) -> int:

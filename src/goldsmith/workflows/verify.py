@@ -1,0 +1,72 @@
+"""Verifying: the recipe's own model and first rows through the plain path and through the fast one."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+import torch
+
+from goldsmith.data.rendering import Renderer
+from goldsmith.errors import ConfigError
+from goldsmith.inspection.verify import VerifyReport
+from goldsmith.inspection.verify import verify as verify_model
+from goldsmith.models.likelihood import LikelihoodModel
+from goldsmith.models.load import resolve_device, silence_randomness
+from goldsmith.models.proof import prove
+from goldsmith.recipe import Recipe
+from goldsmith.workflows.materials import causal_lm_of, dataset_of, own_limit_of, tokenizer_of
+
+__all__ = ["verify"]
+
+
+def verify(
+    recipe: Recipe,
+    *,
+    num_rows: int = 8,
+    dtype: Literal["auto", "float32", "float64"] = "auto",
+    quiet: bool = True,
+) -> VerifyReport:
+    """Prove on one's own model and rows that the fast path gives what a plain loop gives. Nothing is trained or written.
+
+    Args:
+        num_rows: rows of the step that both run, from the beginning of the training data.
+        dtype: what both compute in; `auto` is float64 where weights, gradients and their copies fit into half of the memory.
+        quiet: as for the other workflows; there is nothing to say on the way.
+
+    Raises:
+        GoldsmithError: bad data, or a model that cannot be loaded or fails the proof.
+    """
+    if not recipe.data.train:
+        raise ConfigError("data.train: missing", remedy="name the files whose first rows are to be run")
+    device = resolve_device(recipe.model.device)
+    own_limit = own_limit_of(recipe)
+    tokenizer = tokenizer_of(recipe, None)
+    renderer = Renderer(tokenizer, recipe.rendering, recipe.data.max_length or own_limit)
+    data = dataset_of(recipe, renderer, "train", None)
+    causal_lm: Any = causal_lm_of(recipe, tokenizer, device, dtype="float32" if dtype == "auto" else dtype)
+    if dtype == "auto":
+        # Weights and two sets of gradients, eight bytes each.
+        needed = 3 * 8 * sum(parameter.numel() for parameter in causal_lm.parameters())
+        if needed < _memory_bytes() / 2:
+            causal_lm = causal_lm.to(torch.float64)
+    if causal_lm.dtype == torch.float64 and causal_lm._can_set_experts_implementation():
+        # The grouped products of experts know no float64.
+        causal_lm.set_experts_implementation("eager")
+    silence_randomness(causal_lm)
+    name = recipe.model.path or f"a new {causal_lm.config.model_type}"
+    proof = prove(causal_lm.config, name=name)
+    model = LikelihoodModel(causal_lm, label_smoothing=recipe.objective.label_smoothing)
+    return verify_model(
+        model,
+        data,
+        name=name,
+        objective=recipe.objective,
+        num_rows=num_rows,
+        can_share_contexts=proof.shares_contexts,
+    )
+
+
+def _memory_bytes() -> int:
+    """Of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

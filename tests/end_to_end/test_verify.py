@@ -1,0 +1,149 @@
+"""`goldsmith verify`: it holds on real paths, and a planted fault makes it fail with exit code 4."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from goldsmith import workflows
+from goldsmith.cli import app
+from goldsmith.models import likelihood, step
+from goldsmith.models.attention import PackLayout
+from goldsmith.objective import normalization
+from goldsmith.recipe import load_recipe
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+MODELS = {
+    "llama": {"architecture": "llama", **SIZES, "num_key_value_heads": 2},
+    "gemma2": {"architecture": "gemma2", **SIZES, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 6},
+    "mistral": {"architecture": "mistral", **SIZES, "num_key_value_heads": 2, "sliding_window": 6},
+    "gpt2": {"architecture": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4},
+    "mixtral": {"architecture": "mixtral", **SIZES, "num_key_value_heads": 2, "num_local_experts": 4},
+}
+
+
+def recipe_for(folder: Path, model: str = "llama", **objective: object) -> str:
+    prompt = "the same long prompt stands before every row of this file, so that it can be shared. "
+    with (folder / "rows.jsonl").open("w") as file:
+        for number in range(12):
+            row = {"prompt": f"{prompt * (number % 3)}{number}", "completion": "gold " * (1 + number % 4) ** 2}
+            file.write(json.dumps(row) + "\n")
+    values = {
+        "model": {"init": MODELS[model]},
+        "tokenizer": {"train": {"kind": "character"}},
+        "data": {"train": "rows.jsonl"},
+        "objective": objective,
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(values))
+    return str(folder / "recipe.yaml")
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("normalization", ["token", "example"])
+def test_it_holds(tmp_path, model, normalization):
+    recipe = load_recipe(recipe_for(tmp_path, model, normalization=normalization, label_smoothing=0.1))
+    report = workflows.verify(recipe, num_rows=9)
+    assert report.holds, str(report)
+    assert report.dtype == "float64"
+    assert report.cuts[0].microbatches == 2
+    assert report.cuts[1].microbatches == 1
+    shared = [cut for cut in report.cuts if cut.computed_tokens < report.tokens]
+    assert bool(shared) == (model in ("llama", "gpt2", "mixtral"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_float32(tmp_path):
+    report = workflows.verify(load_recipe(recipe_for(tmp_path)), dtype="float32")
+    assert report.holds, str(report)
+    assert report.dtype == "float32"
+
+
+def see_a_neighbour(monkeypatch):
+    plan = PackLayout.plan
+
+    def faulty(lengths, *arguments, segment_parents=None, **others):
+        merged = [lengths[0] + lengths[1], *lengths[2:]] if len(lengths) > 1 else lengths
+        return plan(merged, *arguments, **others)
+
+    monkeypatch.setattr(PackLayout, "plan", faulty)
+
+
+def mean_of_means(monkeypatch):
+    def faulty(batch, name, *, denominator=1.0):
+        own = normalization.token_coefficients(batch, name)
+        return own / own.sum() / 2 if denominator != 1.0 else own
+
+    monkeypatch.setattr(step, "token_coefficients", faulty)
+
+
+def positions_go_on(monkeypatch):
+    pack = step.pack
+
+    def faulty(*arguments):
+        batch = pack(*arguments)
+        return dataclasses.replace(batch, position_ids=torch.arange(batch.num_tokens))
+
+    monkeypatch.setattr(step, "pack", faulty)
+
+
+def wrong_scale(monkeypatch):
+    head = likelihood.LikelihoodModel.head
+    monkeypatch.setattr(
+        likelihood.LikelihoodModel, "head", lambda self: dataclasses.replace(head(self), logit_scale=1.001)
+    )
+
+
+def not_a_number(monkeypatch):
+    objective = likelihood.linear_cross_entropy
+
+    def faulty(*arguments, **others):
+        sums = objective(*arguments, **others)
+        return dataclasses.replace(sums, weighted_nll=sums.weighted_nll * float("nan"))
+
+    monkeypatch.setattr(likelihood, "linear_cross_entropy", faulty)
+
+
+# A model of learnt positions: rotary ones are relative, and do not care where a row begins.
+@pytest.mark.parametrize(
+    ("plant", "model"),
+    [
+        (see_a_neighbour, "llama"),
+        (mean_of_means, "llama"),
+        (positions_go_on, "gpt2"),
+        (wrong_scale, "llama"),
+        (not_a_number, "llama"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_planted_fault_fails(tmp_path, monkeypatch, plant, model):
+    recipe = recipe_for(tmp_path, model)
+    # The proof would refuse most of these already; here it is the command's own comparison that must see them.
+    proof = workflows.verify.__globals__["prove"](
+        __import__("transformers").LlamaConfig(vocab_size=64, **SIZES), name="sound"
+    )
+    monkeypatch.setitem(workflows.verify.__globals__, "prove", lambda *_, **__: proof)
+    plant(monkeypatch)
+    outcome = CliRunner().invoke(app, ["verify", recipe, "--json"])
+    assert outcome.exit_code == 4, outcome.output
+    values = json.loads(outcome.stdout)
+    assert values["holds"] is False
+    assert not all(cut["holds"] for cut in values["cuts"])
+
+
+def test_the_command_prints_a_table(tmp_path):
+    outcome = CliRunner().invoke(app, ["verify", recipe_for(tmp_path), "--rows", "4"])
+    assert outcome.exit_code == 0
+    assert "The fast path gives what the plain path gives." in outcome.stdout
+
+
+def test_one_row_proves_nothing(tmp_path):
+    recipe = recipe_for(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    outcome = CliRunner().invoke(app, ["verify", recipe])
+    assert outcome.exit_code == 3
+    assert "at least two rows" in outcome.stderr
