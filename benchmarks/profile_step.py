@@ -74,8 +74,8 @@ def time_table(trainer: Trainer, step: int, top: int, kind: str) -> list[str]:
         calls[kind_of(event.key)] += event.count
     # The profiler counts an operator of several threads once, by the clock, so that shares are of the wall time.
     lines = [f"profiled step {wall:.2f} s ({sum(calls.values()):,} operator calls)"]
-    for kind, seconds in sorted(kinds.items(), key=lambda item: -item[1]):
-        lines.append(f"  {seconds:8.3f} s  {seconds / wall:6.1%}  {kind} ({calls[kind]:,} calls)")
+    for name, seconds in sorted(kinds.items(), key=lambda item: -item[1]):
+        lines.append(f"  {seconds:8.3f} s  {seconds / wall:6.1%}  {name} ({calls[name]:,} calls)")
     lines.append(f"  {wall - sum(kinds.values()):8.3f} s  {1 - sum(kinds.values()) / wall:6.1%}  outside of operators")
     lines.append(f"the {top} largest operators{f' of kind {kind}' if kind else ''} by input shapes:")
     by_shape = [

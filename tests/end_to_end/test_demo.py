@@ -17,9 +17,9 @@ from goldsmith.cli import app
 from goldsmith.errors import MachineError
 from goldsmith.models.evaluate import sum_log_likelihood
 from goldsmith.models.likelihood import LikelihoodModel
-from goldsmith.models.load import init_causal_lm
 from goldsmith.recipe import load_recipe
 from goldsmith.workflows import DemoResult, demo
+from goldsmith.workflows.materials import causal_lm_of
 from goldsmith.workflows.models import open_model
 
 # Spelt as spoken, so that a few steps already learn something; some words with two pronunciations.
@@ -85,19 +85,7 @@ def test_the_model_before_is_the_one_that_training_began_with(result: DemoResult
     """Its nll is that of the evaluation before the first step, so its log P of a word is too."""
     recipe = load_recipe(folder / "recipe.yaml")
     opened = open_model(str(folder), device="cpu")
-    tokenizer = opened.tokenizer
-    assert recipe.model.init is not None
-    new = init_causal_lm(
-        recipe.model.init,
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        seed=recipe.training.seed,
-        dtype=recipe.model.dtype,
-        device=torch.device("cpu"),
-    )
-    model = LikelihoodModel(new)
+    model = LikelihoodModel(causal_lm_of(recipe, opened.tokenizer, torch.device("cpu")))
     held_out = opened.dataset(str(result.data_dir / "held-out.jsonl"), columns=None, on_bad_row="stop")
     nll = sum_log_likelihood(model, held_out, tokens_per_microbatch=4096).nll
     assert nll == pytest.approx(result.run.training.nll_before, rel=1e-6)

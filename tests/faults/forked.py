@@ -235,8 +235,11 @@ def _answer(answers: Any, value: Any) -> None:
 
 def _import_everything() -> None:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: F401 - so that no child imports it
-    from transformers import PreTrainedTokenizerFast  # noqa: F401
+    from transformers import (  # noqa: F401 - so that no child imports it
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+    )
 
     import goldsmith.cli
     import goldsmith.workflows  # noqa: F401
@@ -302,7 +305,7 @@ def _unlike_other_children() -> None:
 
     seed = int.from_bytes(os.urandom(4), "big")
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - the global state is what is meant
+    np.random.seed(seed)
     torch.manual_seed(seed)
 
 

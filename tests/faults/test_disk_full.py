@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import STEPS, TrainingRun, assert_same_run, checkpoint_steps, valid_checkpoints
+from runs import TrainingRun, assert_same_run, checkpoint_steps, valid_checkpoints
 
 from goldsmith.storage import FAIL_POINTS
 

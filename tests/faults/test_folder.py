@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from forked import Outcome
-from runs import STEPS, TrainingRun, assert_same_run, checkpoint_steps, copy_run, read_metrics, without_measures
+from runs import TrainingRun, assert_same_run, checkpoint_steps, copy_run, read_metrics, without_measures
 
 from goldsmith.errors import MachineError
 from goldsmith.storage import FolderLock

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from forked import SOURCE
-from runs import TrainingRun, assert_same_run, checkpoint_steps, read_metrics, valid_checkpoints, without_measures
+from runs import TrainingRun, assert_same_run, checkpoint_steps, read_metrics, valid_checkpoints
 
 from goldsmith.storage import FAIL_POINTS
 

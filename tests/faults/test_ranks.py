@@ -82,7 +82,9 @@ def test_two_processes_train_as_one(two_ranks: TrainingRun, reference: Reference
     steps = [record for record in read_metrics(two_ranks.metrics) if record["kind"] == "step"]
     assert {record["microbatches"] for record in steps if record["examples"] == 1} == {1}
     assert json.loads((two_ranks.output / "environment.json").read_text())["ranks"] == 2
-    assert sorted(path.name for path in two_ranks.output.iterdir()) == sorted(path.name for path in one.output.iterdir())
+    assert sorted(path.name for path in two_ranks.output.iterdir()) == sorted(
+        path.name for path in one.output.iterdir()
+    )
     valid_checkpoints(two_ranks)
 
 
@@ -136,7 +138,9 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes(
     assert_same_run(run, two_ranks)
 
 
-def test_another_number_of_processes_is_said_on_resume(new_run: NewRun, reference: Reference, in_float64: dict[str, Any]) -> None:
+def test_another_number_of_processes_is_said_on_resume(
+    new_run: NewRun, reference: Reference, in_float64: dict[str, Any]
+) -> None:
     run = new_run(in_float64)
     assert run.train_dying_at("checkpoint.renamed:3").exit_code == -signal.SIGKILL
     outcomes = run_ranks(run, 2)
@@ -202,18 +206,23 @@ def test_a_tokenizer_is_learnt_by_one_process(new_run: NewRun) -> None:
     run = new_run(changes)
     script = """
 import os, sys
-from goldsmith.workflows import run
-own = run.train_tokenizer
+from goldsmith import load_recipe, train
+from goldsmith.data.tokenizer import train_tokenizer
+
 def learn(*arguments, **keywords):
     assert os.environ["RANK"] == "0", "learnt a second time"
-    return own(*arguments, **keywords)
-run.train_tokenizer = learn
-from goldsmith.recipe import load_recipe
-run.train(load_recipe("recipe.yaml"), quiet=True)
+    print("learnt")
+    return train_tokenizer(*arguments, **keywords)
+
+for module in list(sys.modules.values()):
+    if module.__name__.startswith("goldsmith.workflows") and hasattr(module, "train_tokenizer"):
+        module.train_tokenizer = learn
+train(load_recipe("recipe.yaml"), quiet=True)
 """
     command = replace(run.command(), script=script)
     outcomes = forked().start(*command.ranks(2)).wait()
     assert [outcome.exit_code for outcome in outcomes] == [0, 0], outcomes
+    assert [outcome.stdout for outcome in outcomes] == ["learnt\n", ""]
     assert (run.output / "model" / "tokenizer.json").is_file()
     assert not list(run.output.glob(".*.tmp"))
 

@@ -14,8 +14,8 @@ import torch
 from plain import PlainRow, plain_step
 from small_trainer import build_model, build_trainer, gradients, make_examples, weights
 
-from goldsmith.models.evaluate import sum_log_likelihood
 from goldsmith.data.loader import Dataset
+from goldsmith.models.evaluate import sum_log_likelihood
 from goldsmith.training.trainer import Trainer
 from goldsmith.types import TokenizedExample
 
@@ -117,7 +117,9 @@ def test_the_order_within_a_step_does_not_matter(tmp_path: Path) -> None:
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_weight_two_is_the_example_twice(tmp_path: Path, normalization: str) -> None:
     single = [replace(example, example_weight=1.0) for example in make_examples(5)]
-    weighted = [replace(example, example_weight=2.0 if index in (1, 3) else 1.0) for index, example in enumerate(single)]
+    weighted = [
+        replace(example, example_weight=2.0 if index in (1, 3) else 1.0) for index, example in enumerate(single)
+    ]
     doubled = single + [replace(single[index], example_id=f"again {index}") for index in (1, 3)]
     loss, _, truth, _ = one_step(build_trainer(tmp_path, weighted, normalization=normalization), list(range(5)))
     got_loss, _, got, _ = one_step(build_trainer(tmp_path, doubled, normalization=normalization), list(range(7)))
@@ -155,7 +157,9 @@ def test_a_token_of_weight_zero_is_context(tmp_path: Path) -> None:
 # --- trajectories
 
 
-def trajectory(folder: Path, examples: list[TokenizedExample], **settings: Any) -> tuple[dict[str, torch.Tensor], list[Any]]:
+def trajectory(
+    folder: Path, examples: list[TokenizedExample], **settings: Any
+) -> tuple[dict[str, torch.Tensor], list[Any]]:
     trainer = build_trainer(folder, examples, max_steps=20, batch_size=6, **settings)
     trainer.train()
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -312,9 +316,7 @@ def with_shared_contexts(number: int) -> list[TokenizedExample]:
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_a_context_carried_once_changes_no_number(
-    tmp_path: Path, normalization: str, record_property: Any
-) -> None:
+def test_a_context_carried_once_changes_no_number(tmp_path: Path, normalization: str, record_property: Any) -> None:
     examples = with_shared_contexts(16)
     indices = list(range(16))
     settings: dict[str, Any] = {"normalization": normalization, "batch_size": 16}

@@ -123,7 +123,8 @@ def test_gradients_in_buckets_of_several_types(tmp_path: Path) -> None:
         2,
         """
         distributed.BUCKET_BYTES = 100
-        shapes = [((5, 5), torch.float32), ((30,), torch.float32), ((), torch.float64), ((7,), torch.float64), ((3,), torch.float32)]
+        single, double = torch.float32, torch.float64
+        shapes = [((5, 5), single), ((30,), single), ((), double), ((7,), double), ((3,), single)]
         parameters = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape, dtype in shapes]
         with process_group(torch.device("cpu")):
             for index, parameter in enumerate(parameters):

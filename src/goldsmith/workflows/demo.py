@@ -27,12 +27,12 @@ from goldsmith.generation.generate import GenerationConfig
 from goldsmith.generation.generate import generate as decode
 from goldsmith.generation.metrics import measure, measure_example
 from goldsmith.models.likelihood import LikelihoodModel
-from goldsmith.models.load import init_causal_lm
 from goldsmith.recipe import Recipe
 from goldsmith.scoring.score import score_dataset
 from goldsmith.statistics import Interval, bootstrap_interval
 from goldsmith.storage import write_atomic
 from goldsmith.types import TokenScores
+from goldsmith.workflows.materials import causal_lm_of
 from goldsmith.workflows.models import OpenModel, open_model
 from goldsmith.workflows.run import RunResult, train
 
@@ -262,6 +262,7 @@ def demo_recipe(folder: Path, data_dir: Path, *, max_seconds: float, max_steps: 
                     "num_attention_heads": 4,
                     "num_key_value_heads": 4,
                     "max_position_embeddings": 128,
+                    "initializer_range": 0.06,
                     "tie_word_embeddings": True,
                 }
             },
@@ -395,18 +396,7 @@ def _score(model: LikelihoodModel, opened: OpenModel, golds: Mapping[str, str]) 
 
 def _log_prob_before(recipe: Recipe, opened: OpenModel, named: WordResult) -> float:
     """log P of the named word's gold under the weights that training began with: the seed gives them again."""
-    assert recipe.model.init is not None
-    tokenizer = opened.tokenizer
-    new = init_causal_lm(
-        recipe.model.init,
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        seed=recipe.training.seed,
-        dtype=recipe.model.dtype,
-        device=opened.model.device,
-    )
+    new = causal_lm_of(recipe, opened.tokenizer, opened.model.device)
     with torch.no_grad():
         (scores,) = _score(LikelihoodModel(new).eval(), opened, {named.word: _gold_text(named.gold)})
     return scores.log_prob
