@@ -121,7 +121,7 @@ def fit(samples: Sequence[Sample]) -> dict[str, float]:
 def short_segments(heads: tuple[int, int, int], repeats: int) -> dict[int, float]:
     """Time of plain products over that of the flash kernel, for one group of segments of each length."""
     ratios = {}
-    for length in (8, 16, 24, 32, 48, 64):
+    for length in (8, 16, 24, 32, 48, 64, 128, 256):
         layout = layout_of([length] * (2048 // length), [2048 // length])
         times = []
         for limit in (length, length - 1):

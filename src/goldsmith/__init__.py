@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from goldsmith.scoring.compare import Comparison, compare, scores_from_probabilities
     from goldsmith.scoring.files import read_scores
     from goldsmith.types import TokenScore, TokenScores
-    from goldsmith.workflows import generate, score, train
+    from goldsmith.workflows import generate, score, train, verify
 
 __all__ = [
     "Comparison",
@@ -31,6 +31,7 @@ __all__ = [
     "score",
     "scores_from_probabilities",
     "train",
+    "verify",
 ]
 
 _HOME = {
@@ -46,6 +47,7 @@ _HOME = {
     "score": "goldsmith.workflows",
     "scores_from_probabilities": "goldsmith.scoring.compare",
     "train": "goldsmith.workflows",
+    "verify": "goldsmith.workflows",
 }
 
 

@@ -29,26 +29,27 @@ def process_group(device: torch.device) -> Iterator[None]:
         device: `cuda` without a number becomes, in each process, the GPU of its `LOCAL_RANK`.
 
     Raises:
-        MachineError: another process ended while this one waited for it; that one says why.
+        MachineError: the others cannot be reached, or one ended while this one waited for it; that one says why.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
     if device.type == "cuda" and device.index is None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         yield
     except RuntimeError as error:
         # Gloo raises what every part of torch does; it names its own source file.
         if isinstance(error, dist.DistError) or "/gloo/" in str(error):
             raise MachineError(
-                f"process {rank()} of {world_size()}: another process ended, or cannot be reached any more",
+                f"process {rank()} of {world_size()}: another process ended, or cannot be reached",
                 remedy="see what the others said, and give the same command again",
             ) from error
         raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def rank() -> int:

@@ -12,6 +12,7 @@ from forked import Command, Outcome, forked
 
 from goldsmith import distributed
 from goldsmith.distributed import agree, barrier, is_main, process_group, rank, sum_gradients, sum_tensor, world_size
+from goldsmith.errors import MachineError
 
 CPU = torch.device("cpu")
 
@@ -84,7 +85,6 @@ def test_each_process_takes_the_gpu_of_its_local_rank(
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setattr(torch.cuda, "set_device", gpus.append)
     monkeypatch.setattr(distributed.dist, "init_process_group", backends.append)
-    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
     with process_group(torch.device(device)):
         pass
     assert gpus == chosen
@@ -172,6 +172,17 @@ def test_a_process_that_waits_for_a_dead_one_ends_and_says_so(tmp_path: Path, vi
     code, message = json.loads((tmp_path / f"error.{1 - victim}.json").read_text())
     assert code == 7
     assert f"process {1 - victim} of 2: another process ended" in message
+
+
+def test_others_that_cannot_be_reached_are_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(backend: str) -> None:
+        raise torch.distributed.DistNetworkError("The client socket has failed to connect to 127.0.0.1:1")
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed.dist, "init_process_group", refused)
+    with pytest.raises(MachineError, match="process 1 of 2: another process ended, or cannot be reached"):
+        process_group(CPU).__enter__()
 
 
 def test_an_error_of_ones_own_is_not_taken_for_a_lost_process(tmp_path: Path) -> None:

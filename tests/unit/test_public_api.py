@@ -22,6 +22,7 @@ PUBLIC = [
     "score",
     "scores_from_probabilities",
     "train",
+    "verify",
 ]
 
 

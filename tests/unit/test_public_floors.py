@@ -30,6 +30,7 @@ PUBLIC_NAMES = {
     "score",
     "scores_from_probabilities",
     "train",
+    "verify",
 }
 
 PICKLES = {"pickle", "dill", "cloudpickle", "shelve", "marshal"}
@@ -39,7 +40,7 @@ FLOORS = [
     {"cli"},
     {"workflows"},
     {"recipe"},
-    {"training", "scoring", "generation"},
+    {"training", "inspection", "scoring", "generation"},
     {"models"},
     {"data", "objective", "statistics", "distributed"},
     {"storage", "records"},

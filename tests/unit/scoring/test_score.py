@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from lift import lifted
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -74,6 +75,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.fixture(autouse=True)
+def _float64_throughout() -> Iterator[None]:
+    """The norms and rotary embeddings of `transformers` round to float32; layers by hand do not."""
+    with lifted():
+        yield
 
 
 @pytest.mark.parametrize("tokens_per_microbatch", [1, 37, 64, 100_000])
