@@ -42,7 +42,7 @@ bench: $(DEVELOPMENT)
 	$(BIN)/python benchmarks/run.py
 
 faults: $(DEVELOPMENT)
-	$(BIN)/python -m pytest tests/faults -m campaign
+	$(BIN)/python -m pytest tests -m campaign
 
 invariance: $(DEVELOPMENT)
 	$(BIN)/python -m pytest tests/invariance

@@ -26,12 +26,19 @@ def torchrun(run: TrainingRun, logs: Path, *options: str, **env: str) -> tuple[i
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
     words += ["--redirects", "3", "--log-dir", str(logs), "-m", "goldsmith.cli", *map(str, run.command().arguments)]
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", **env}
-    ended = subprocess.run(words, cwd=run.folder, env=environment, capture_output=True, timeout=180, check=False)
+    with subprocess.Popen(
+        words, cwd=run.folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        try:
+            exit_code = process.wait(180)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # it ends its ranks; a SIGKILL would leave them behind
+            raise
     attempts = [
         {rank: (attempt / str(rank) / "stderr.log").read_text() for rank in (0, 1)}
         for attempt in sorted(logs.glob("*/attempt_*"))
     ]
-    return ended.returncode, attempts
+    return exit_code, attempts
 
 
 @pytest.fixture
@@ -71,19 +78,14 @@ def test_two_processes_resume_and_end_as_one(tmp_path: Path, runs: Any) -> None:
 
 
 @pytest.mark.campaign
-def test_campaign_a_killed_rank_ends_the_attempt_and_a_restart_resumes(tmp_path: Path, runs: Any) -> None:
-    """The other rank does not wait for ever; `torchrun` starts both again, and they go on from the checkpoint."""
+def test_campaign_a_killed_rank_ends_torchrun_and_the_same_command_resumes(tmp_path: Path, runs: Any) -> None:
+    """The other rank does not wait for ever. (`--max-restarts` is not used: plain gloo often fails to meet again.)"""
     run = runs("torchrun")
-    # The 14th of 23 records; from the checkpoint on there are fewer than 14, so the second attempt passes.
-    fail_point = "metrics.append:14"
-    code, attempts = torchrun(run, tmp_path / "logs", "--max-restarts", "1", GOLDSMITH_FAIL_POINT=fail_point)
-    assert code == 0, attempts
-    assert len(attempts) == 2
-    assert "another process ended" in attempts[0][1]
-    assert_ends_as_without_torchrun(run, runs)
-    lost = runs("lost")
-    code, attempts = torchrun(lost, tmp_path / "logs-2", GOLDSMITH_FAIL_POINT=fail_point)
+    code, (stderr,) = torchrun(run, tmp_path / "logs-1", GOLDSMITH_FAIL_POINT="metrics.append:14")
     assert code != 0
-    assert len(attempts) == 1
-    assert 0 < valid_checkpoints(lost)[-1] < STEPS
-    assert not (lost.output / "result.json").exists()
+    assert "another process ended" in stderr[1]
+    assert 0 < valid_checkpoints(run)[-1] < STEPS
+    assert not (run.output / "result.json").exists()
+    code, (stderr,) = torchrun(run, tmp_path / "logs-2")
+    assert code == 0, stderr
+    assert_ends_as_without_torchrun(run, runs)

@@ -376,14 +376,14 @@ def attend(
         The attended values [N, H, D], contiguous, and what `attend_backward` needs besides these and the arguments.
     """
     heads, width = query_NHD.shape[1], value_NHD.shape[2]
-    out_NHD = query_NHD.new_empty(layout.num_tokens, heads, width)
     saved: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
     padded = (_gather_groups(tensor, layout) for tensor in (query_NHD, key_NHD, value_NHD))
     for group, group_query, group_key, group_value in zip(layout.groups, *padded, strict=True):
         if group.length <= SHORT_LENGTH and not layout.ancestors:
             out, probabilities = _attend_short(group_query, group_key, group_value, layout, scale, window)
             saved.append(probabilities)
-            _scatter_group(out, group, out_NHD)
+            outputs.append(out)
             continue
         blocks = []
         for queries, keys, mask in _calls(group, layout, window, query_NHD):
@@ -398,7 +398,9 @@ def attend(
             )
             blocks.append(out)
             saved.append(log_normalizer)
-        _scatter_group(blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2), group, out_NHD)
+        outputs.append(blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2))
+    out_NHD = query_NHD.new_empty(layout.num_tokens, heads, width)
+    _scatter_groups(outputs, layout, out_NHD)
     if layout.ancestors:
         saved = [_add_ancestors(query_NHD, key_NHD, value_NHD, out_NHD, saved, layout, scale)]
     return out_NHD, saved
@@ -419,8 +421,9 @@ def _add_ancestors(
     the exponentials, which the logarithms of these sums give.
     """
     normalizer_NH1 = query_NHD.new_empty(*out_NHD.shape[:2], 1)
-    for group, normalizer in zip(layout.groups, own_normalizers, strict=True):
-        _scatter_group(normalizer[..., None].to(normalizer_NH1.dtype), group, normalizer_NH1)
+    _scatter_groups(
+        [normalizer[..., None].to(query_NHD.dtype) for normalizer in own_normalizers], layout, normalizer_NH1
+    )
     for below, above in layout.ancestors:
         out, normalizer = _flash(
             _as_one(query_NHD[below]), _as_one(key_NHD[above]), _as_one(value_NHD[above]), 0.0, False, scale=scale
@@ -453,15 +456,14 @@ def attend_backward(
     """The gradients of query, key and value, written over the three tensors `into`."""
     padded = (_gather_groups(tensor, layout) for tensor in (query_NHD, key_NHD, value_NHD, out_NHD, grad_NHD))
     # With ancestors these are the normalizers over all keys: a part's gradient needs the probabilities within the whole.
+    gradients: list[tuple[torch.Tensor, ...]] = []
     left = (group[..., 0] for group in _gather_groups(saved[0], layout)) if layout.ancestors else iter(saved)
     for group, group_query, group_key, group_value, group_out, group_grad in zip(layout.groups, *padded, strict=True):
         if group.is_token_GL is not None:
             # A padded slot repeats a token, and must not repeat its gradient.
             group_grad = group_grad * group.is_token_GL.view(group.num_segments, 1, group.length, 1)
         if group.length <= SHORT_LENGTH and not layout.ancestors:
-            parts = _attend_short_backward(group_grad, group_query, group_key, group_value, next(left), scale)
-            for target_NHD, part in zip(into, parts, strict=True):
-                _scatter_group(part, group, target_NHD)
+            gradients.append(_attend_short_backward(group_grad, group_query, group_key, group_value, next(left), scale))
             continue
         calls = _calls(group, layout, window, query_NHD)
         sums = [torch.zeros_like(t) for t in (group_query, group_key, group_value)] if len(calls) > 1 else []
@@ -480,8 +482,9 @@ def attend_backward(
             )
             for total, part, where in zip(sums, parts, (queries, keys, keys), strict=False):
                 total[:, :, where] += part
-        for target_NHD, part in zip(into, sums or parts, strict=True):
-            _scatter_group(part, group, target_NHD)
+        gradients.append(tuple(sums) or parts)
+    for target_NHD, padded_parts in zip(into, zip(*gradients, strict=True), strict=True):
+        _scatter_groups(padded_parts, layout, target_NHD)
     for below, above in layout.ancestors:
         parts = _flash_backward(
             _as_one(grad_NHD[below]),
@@ -543,16 +546,15 @@ def _as_batch(tensor: torch.Tensor, key_heads: int) -> torch.Tensor:
     return tensor.reshape(num_segments * key_heads, heads // key_heads * length, width)
 
 
-def _scatter_group(padded: torch.Tensor, group: SegmentGroup, target_NHD: torch.Tensor) -> None:
-    """Write a group's [G, H, L, D] to its tokens; padding is dropped."""
-    if group.start >= 0:
-        target_NHD[group.start : group.start + group.length] = padded[0].transpose(0, 1)
+def _scatter_groups(padded: Sequence[torch.Tensor], layout: PackLayout, target_NHD: torch.Tensor) -> None:
+    """Write each group's [G, H, L, D] to its tokens; padding is dropped."""
+    if all(group.start >= 0 for group in layout.groups):
+        for rows, group in zip(padded, layout.groups, strict=True):
+            target_NHD[group.start : group.start + group.length] = rows[0].transpose(0, 1)
         return
-    rows = padded.transpose(1, 2).flatten(0, 1)
-    if group.is_token_GL is None:
-        target_NHD[group.token_GL] = rows
-    else:
-        target_NHD[group.token_GL[group.is_token_GL]] = rows[group.is_token_GL]
+    # One copy that lays the groups end to end and one that picks the tokens cost less than writing by index.
+    slots = torch.cat([rows.transpose(1, 2).flatten(0, 1) for rows in padded])
+    torch.index_select(slots, 0, layout.slot_N, out=target_NHD)
 
 
 class _PackedFlashCPU(torch.autograd.Function):

@@ -14,7 +14,7 @@ import torch
 
 from goldsmith.records import EvaluationRecord
 
-__all__ = ["layer_group", "peak_memory_bytes", "read_evaluations", "update_to_weight"]
+__all__ = ["layer_group", "peak_memory_bytes", "read_evaluations", "total_norm", "update_to_weight"]
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
@@ -37,23 +37,38 @@ def layer_group(name: str) -> str:
     return "other"
 
 
+def total_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The norm of all tensors together, float64 [].
+
+    Row by row in the tensors' own type, then over rows in float64: PyTorch's norm of a whole float32 tensor sums naively on a
+    CPU, and is wrong by 0.2% on 28 million elements and by 1.6% on 136 million.
+    """
+    squares = [
+        torch.linalg.vector_norm(tensor.reshape(-1, tensor.shape[-1] if tensor.ndim else 1), dim=-1)
+        .double()
+        .square_()
+        .sum()
+        for tensor in tensors
+    ]
+    return torch.stack(squares).sum().sqrt_() if squares else torch.zeros((), dtype=torch.float64)
+
+
 def update_to_weight(before: Mapping[str, torch.Tensor], after: NamedTensors) -> dict[str, float]:
     """Norm of the last update over the norm of the weights before it, per layer group.
 
     A group is left out where that is no number: all its weights were 0, or some were not finite.
 
     Args:
-        before: parameters by name, before the update.
+        before: parameters by name, before the update; overwritten.
         after: the same parameters now.
     """
-    squares: dict[str, list[torch.Tensor]] = {}
+    groups: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for name, parameter in after:
-        old = before[name]
-        pair = torch.stack([(parameter.detach() - old).float().square().sum(), old.float().square().sum()])
-        squares.setdefault(layer_group(name), []).append(pair)
+        groups.setdefault(layer_group(name), []).append((before[name], parameter.detach()))
     ratios = {}
-    for group, pairs in squares.items():
-        update, weight = torch.stack(pairs).double().sum(dim=0).sqrt().tolist()
+    for group, pairs in groups.items():
+        weight = float(total_norm(old for old, _ in pairs))
+        update = float(total_norm(old.sub_(new) for old, new in pairs))
         if weight > 0.0 and math.isfinite(ratio := update / weight):
             ratios[group] = ratio
     return ratios

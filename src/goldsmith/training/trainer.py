@@ -34,7 +34,7 @@ from goldsmith.objective.normalization import step_denominator
 from goldsmith.records import EvaluationRecord, ExampleRecord, StepRecord, TrainingState
 from goldsmith.storage import JsonLinesWriter, fail_point
 from goldsmith.training.checkpoint import CheckpointConfig, CheckpointStore
-from goldsmith.training.metrics import peak_memory_bytes, read_evaluations, update_to_weight
+from goldsmith.training.metrics import peak_memory_bytes, read_evaluations, total_norm, update_to_weight
 from goldsmith.training.optimizer import OptimizerConfig, build_optimizer, learning_rate
 from goldsmith.training.progress import NoProgress, ProgressReporter
 
@@ -161,7 +161,7 @@ class Trainer:
         started = time.perf_counter()
         epoch, indices = self.order.step(step)
         sums = self.forward_backward(indices)
-        grad_norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+        grad_norm = float(total_norm(p.grad for p in self.parameters if p.grad is not None))
         if not (math.isfinite(sums.loss) and math.isfinite(grad_norm)):
             raise self._numerical_error(step, indices, sums, grad_norm)
         max_norm = self.optimizer_config.max_grad_norm

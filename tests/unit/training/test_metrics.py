@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from goldsmith.records import EvaluationRecord
-from goldsmith.training.metrics import layer_group, peak_memory_bytes, read_evaluations, update_to_weight
+from goldsmith.training.metrics import layer_group, peak_memory_bytes, read_evaluations, total_norm, update_to_weight
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,15 @@ def test_a_ratio_that_is_no_number_is_left_out() -> None:
     ratios = update_to_weight(before, after)
     assert ratios == {"layer 1": pytest.approx(0.5)}
     json.dumps(ratios, allow_nan=False)
+
+
+def test_the_norm_of_many_is_exact() -> None:
+    """PyTorch's own is off by more than a thousandth here, and so would be the clipping of gradients."""
+    big = torch.full((20_000, 700), 0.1)
+    exact = 0.1 * (20_000 * 700) ** 0.5
+    assert float(total_norm([big, torch.tensor(3.0)])) == pytest.approx((exact**2 + 9.0) ** 0.5, rel=1e-6)
+    assert abs(float(torch.nn.utils.get_total_norm([big])) / exact - 1.0) > 1e-3
+    assert float(total_norm([])) == 0.0
 
 
 def test_peak_memory_is_this_process() -> None:
