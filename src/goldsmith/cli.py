@@ -80,6 +80,7 @@ ColumnsOption = Annotated[
         "--columns prompt=question --columns completion=answer.",
     ),
 ]
+SkipOption = Annotated[bool, typer.Option("--skip-bad-rows", help="Count rows that cannot be used, and go on.")]
 BudgetOption = Annotated[int, typer.Option(min=1, help="Tokens that go through the model at a time.")]
 
 
@@ -263,9 +264,7 @@ def score(
         bool, typer.Option("--tokens", help="Write the log-probability of every gold token.")
     ] = False,
     output: Annotated[str | None, typer.Option("--output", "-o", metavar="FILE", help="Write score rows here.")] = None,
-    skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Count rows that cannot be used, and go on.")
-    ] = False,
+    skip_bad_rows: SkipOption = False,
     max_length: Annotated[
         int | None, typer.Option(min=2, help="Reject longer rows; default: the model's limit.")
     ] = None,
@@ -373,6 +372,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers made at a time.")] = 32,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of DATA.")] = None,
+    skip_bad_rows: SkipOption = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
@@ -405,6 +405,7 @@ def generate(
         seed=seed,
         batch_size=batch_size,
         limit=limit,
+        on_bad_row="skip" if skip_bad_rows else "stop",
         device=device,
         dtype=dtype,
         revision=revision,

@@ -94,6 +94,7 @@ class Running:
 
     def wait(self, timeout: float = 60.0) -> list[Outcome]:
         """Wait for all of them; after `timeout` they are killed and the test fails."""
+        self._server.send({"wait_for": self.pids})
         try:
             codes = self._server.receive(timeout)
         except TimeoutError:
@@ -162,7 +163,7 @@ class Forked:
                     "output": str(folder),
                 }
             )
-        self._send(requests)
+        self.send(requests)
         return Running(self, self.receive(60.0), folders)
 
     def run(self, command: Command, timeout: float = 60.0) -> Outcome:
@@ -171,10 +172,11 @@ class Forked:
 
     def prove(self, model: Path) -> None:
         """Let the server prove a model, which is then proven in every child: a quarter of a small run's time."""
-        self._send({"prove": str(model)})
+        self.send({"prove": str(model)})
         self.receive(60.0)
 
-    def _send(self, value: Any) -> None:
+    def send(self, value: Any) -> None:
+        """A line to the server."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(value).encode() + b"\n")
         self._process.stdin.flush()
@@ -212,9 +214,14 @@ def serve() -> None:
     _import_everything()
     for line in requests:
         requested = json.loads(line)
-        if isinstance(requested, dict):
+        if "prove" in requested:
             _prove(Path(requested["prove"]))
             _answer(answers, None)
+            continue
+        if "wait_for" in requested:
+            # Not before it is asked for: until then the process is at least a zombie, and its id is nobody else's.
+            codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in requested["wait_for"]]
+            _answer(answers, codes)
             continue
         pids = []
         for request in requested:
@@ -225,7 +232,6 @@ def serve() -> None:
                 _be_the_command(request)
             pids.append(pid)
         _answer(answers, pids)
-        _answer(answers, [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids])
 
 
 def _answer(answers: Any, value: Any) -> None:

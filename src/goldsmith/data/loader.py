@@ -214,7 +214,7 @@ def load_dataset(
     *,
     config: DataConfig,
     renderer: Renderer,
-    split: Literal["train", "eval"],
+    split: Literal["train", "eval", "rows"],
     base_folder: Path = Path(),
 ) -> Dataset:
     """Read, check, render and keep all rows of a split. Every row is used, rejected, or over its source's limit.
@@ -223,7 +223,7 @@ def load_dataset(
         sources: files (`config.train`, say), or rows in memory: mappings, or a `datasets.Dataset`.
         config: its `columns` and `on_bad_row`.
         renderer: also says the longest length.
-        split: for messages; names the source of rows in memory.
+        split: for messages (`rows`: not of a recipe); names the source of rows in memory.
         base_folder: what the paths of sources are relative to; default: the current directory.
 
     Raises:
@@ -371,7 +371,7 @@ class _Loading:
     def num_straddles(self) -> int:
         return self._renderer.num_straddles
 
-    def finish(self, split: Literal["train", "eval"]) -> Dataset:
+    def finish(self, split: Literal["train", "eval", "rows"]) -> Dataset:
         report = DataReport(files=self._files, rejections=self._shown)
         if report.used == 0 or (report.rejected and self._config.on_bad_row == "stop"):
             raise _rejected_rows(report, split)
@@ -464,7 +464,8 @@ class _FileInProgress:
 def _rejected_rows(report: DataReport, split: str) -> DataError:
     """Counts by reason, each with its first places."""
     total = sum(report.rejected.values())
-    lines = [f"{total} of {report.rows_in} rows of data.{split} cannot be used"]
+    place = "the data" if split == "rows" else f"data.{split}"
+    lines = [f"{total} of {report.rows_in} rows of {place} cannot be used"]
     for reason, count in sorted(report.rejected.items(), key=lambda item: -item[1]):
         lines.append(f"  {reason}: {count} row{'s' if count > 1 else ''}")
         lines.extend(f"    {place}" for place in report.rejections.get(reason, []))
@@ -472,8 +473,9 @@ def _rejected_rows(report: DataReport, split: str) -> DataError:
             lines.append(f"    ... and {count - _SHOWN_REJECTIONS} more")
     if report.used == 0:
         if report.rows_in == 0:
-            return DataError(f"data.{split} holds no row", remedy="give it rows")
+            return DataError(f"{place} holds no row", remedy="give it rows")
         return DataError(
             "\n".join(lines) + "\n  No row is left.", remedy="mend the rows, or name their columns with `columns`"
         )
-    return DataError("\n".join(lines), remedy="mend these rows, or leave them out with `data.on_bad_row: skip`")
+    skipping = "`--skip-bad-rows`" if split == "rows" else "`data.on_bad_row: skip`"
+    return DataError("\n".join(lines), remedy=f"mend these rows, or leave them out with {skipping}")

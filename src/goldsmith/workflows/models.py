@@ -66,7 +66,7 @@ class OpenModel:
             config=config,
             renderer=self.renderer,
             base_folder=Path.cwd(),
-            split="eval",
+            split="rows",
         )
 
 
@@ -221,6 +221,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 32,
     limit: int | None = None,
+    on_bad_row: Literal["stop", "skip"] = "stop",
     device: str = "auto",
     dtype: DtypeName = "auto",
     revision: str | None = None,
@@ -241,7 +242,7 @@ def generate(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size
     )
     opened = open_model(model, device=device, dtype=dtype, revision=revision)
-    rows = list(_prompts(opened, prompts) if data is None else _contexts(opened, data, columns, limit))
+    rows = list(_prompts(opened, prompts) if data is None else _contexts(opened, data, columns, limit, on_bad_row))
     generations = decode(
         opened.model.causal_lm,
         opened.tokenizer,
@@ -279,8 +280,14 @@ def _prompts(opened: OpenModel, prompts: Sequence[str]) -> Iterator[_Prompt]:
         yield _Prompt(example_id=conversation.example_id, prompt=prompt, context=context, gold=None)
 
 
-def _contexts(opened: OpenModel, data: str | Rows, columns: Columns | None, limit: int | None) -> Iterator[_Prompt]:
-    dataset = opened.dataset(data, columns=columns, on_bad_row="stop", limit=limit)
+def _contexts(
+    opened: OpenModel,
+    data: str | Rows,
+    columns: Columns | None,
+    limit: int | None,
+    on_bad_row: Literal["stop", "skip"],
+) -> Iterator[_Prompt]:
+    dataset = opened.dataset(data, columns=columns, on_bad_row=on_bad_row, limit=limit)
     ends = opened.renderer.end_token_ids
     for index in range(len(dataset)):
         example = dataset[index]

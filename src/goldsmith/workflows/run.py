@@ -246,7 +246,8 @@ def _run(
         model_dir = folder / "model"
         save_model(
             causal_lm,
-            tokenizer,
+            # As the run keeps it: what is written of one that was just learnt differs from what a resumed run writes.
+            load_tokenizer(str(folder / TOKENIZER)),
             model_dir,
             dtype=stored_dtype(causal_lm),
             end_token_ids=sorted(renderer.end_token_ids),
