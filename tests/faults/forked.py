@@ -101,7 +101,7 @@ class Running:
             for pid in self.pids:
                 os.kill(pid, signal.SIGKILL)
             self._server.receive(10.0)
-            texts = "\n".join((folder / "stderr").read_text()[-2000:] for folder in self._folders)
+            texts = "\n".join(_text(folder / "stderr")[-2000:] for folder in self._folders)
             raise AssertionError(f"still running after {timeout} s:\n{texts}") from None
         outcomes = []
         for code, folder in zip(codes, self._folders, strict=True):
@@ -109,13 +109,18 @@ class Running:
             outcomes.append(
                 Outcome(
                     exit_code=code,
-                    stdout=(folder / "stdout").read_text(),
-                    stderr=(folder / "stderr").read_text(),
+                    stdout=_text(folder / "stdout"),
+                    stderr=_text(folder / "stderr"),
                     seconds=time.perf_counter() - self._started,
                     file_events=int(events.read_text()) if events.exists() else None,
                 )
             )
         return outcomes
+
+
+def _text(path: Path) -> str:
+    """Empty where the process died before it could open the file."""
+    return path.read_text() if path.exists() else ""
 
 
 class Forked:
