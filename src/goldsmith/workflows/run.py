@@ -52,8 +52,9 @@ RECIPE, DATA, ENVIRONMENT, RESULT, TOKENIZER = (
 # What may lie in a folder that no run has claimed yet: left by a process that died before it could. A run claims a
 # folder with recipe.yaml; data.json comes last, and without it the claim is made again.
 UNCLAIMED = {".lock", f".{RECIPE}.tmp", f".{TOKENIZER}.tmp"}
-# The optimizer's update, evaluations and checkpoints come on top of what the calibration measures.
-CALIBRATION_MARGIN = 1.1
+# The optimizer's update, records, evaluations and checkpoints come on top of what the calibration measures, and a machine that
+# was fast for a second may not be so for two minutes.
+CALIBRATION_MARGIN = 1.35
 
 # Resolved once, written to the run's recipe.yaml, and read from there afterwards.
 AUTOMATIC_KEYS = ("model.device", "data.max_length", "training.max_steps")
