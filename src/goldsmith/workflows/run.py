@@ -187,12 +187,6 @@ def _run(
         say(f"held-out data: {eval_data.report.used:,} of {eval_data.report.rows_in:,} rows")
         _say_unknown(say, eval_data, "held-out data")
 
-    budget = resolved.training.tokens_per_microbatch
-    num_longer = int((train_data.lengths > budget).sum())
-    if num_longer:
-        say(f"{num_longer:,} rows are longer than training.tokens_per_microbatch ({budget:,}): each of them is a "
-            "micro-batch by itself, and takes the memory that it takes")  # fmt: skip
-
     causal_lm = causal_lm_of(resolved, tokenizer, device)
     silenced = silence_randomness(causal_lm)
     for name, value in silenced.items():
@@ -317,12 +311,10 @@ def _compare_machine(recipe: Recipe, stored: Recipe, device: torch.device, say: 
             f"model.device: the run began on {stored.model.device}, but this is {device}",
             remedy="go on with it on such a machine, or begin anew in another output_dir",
         )
-    before, now = stored.training.tokens_per_microbatch, recipe.training.tokens_per_microbatch
-    if before != now:
-        say(
-            f"training.tokens_per_microbatch: {before} before, {now} now; "
-            "the result will be equal to rounding, not to the bit"
-        )
+    for key in ("tokens_per_microbatch", "shared_context"):
+        before, now = getattr(stored.training, key), getattr(recipe.training, key)
+        if before != now:
+            say(f"training.{key}: {before} before, {now} now; the result will be equal to rounding, not to the bit")
 
 
 def _is_resolved_as(key: str, ours: Any, theirs: Any, recipe: Recipe) -> bool:
