@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -67,6 +68,8 @@ def test_manifest_holds(folder):
         (lambda f: (f / "MANIFEST.json").unlink(), "missing or unreadable"),
         (lambda f: (f / "MANIFEST.json").write_text("{"), "missing or unreadable"),
         (lambda f: (f / "MANIFEST.json").write_text("[]"), "missing or unreadable"),
+        (lambda f: (f / "MANIFEST.json").write_text('{"files": []}'), "missing or unreadable"),
+        (lambda f: (f / "MANIFEST.json").write_text('{"files": {"a.bin": {"bytes": 5}}}'), "missing or unreadable"),
     ],
 )
 def test_manifest_finds_damage(folder, damage, message):
@@ -89,6 +92,29 @@ def test_lock_refuses_a_second_holder_and_goes_with_the_first(tmp_path):
         FolderLock(tmp_path / "run").__enter__()
     with FolderLock(tmp_path / "run"):
         pass
+
+
+@pytest.mark.parametrize("removed", ["file", "folder"])
+def test_a_lock_that_its_last_holder_removed_is_made_again(tmp_path, monkeypatch, removed):
+    """Between the opening and the locking: whoever comes next would lock another file, and both would hold one."""
+    folder = tmp_path / "run"
+    own = fcntl.flock
+    calls = []
+
+    def removed_before_the_first(file, how):
+        calls.append(how)
+        if len(calls) == 1:
+            (folder / ".lock").unlink()
+            if removed == "folder":
+                folder.rmdir()
+        own(file, how)
+
+    monkeypatch.setattr(storage.fcntl, "flock", removed_before_the_first)
+    with FolderLock(folder):
+        assert (folder / ".lock").read_text().strip() == str(os.getpid())
+        with pytest.raises(MachineError, match="in use"):
+            FolderLock(folder).__enter__()
+    assert len(calls) == 3
 
 
 def test_lock_of_a_killed_process_is_free(tmp_path):
