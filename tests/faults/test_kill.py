@@ -111,8 +111,9 @@ def kill_until_done(run: TrainingRun, instants: list[float]) -> int:
 
 def test_kills_at_random_instants(new_run: NewRun, reference: Reference) -> None:
     expected = reference()
+    seconds = new_run(name="timed").finish().seconds
     choice = random.Random(7)
-    hits = kill_until_done(run := new_run(), [choice.uniform(0.05, 0.9) for _ in range(4)])
+    hits = kill_until_done(run := new_run(), [seconds * choice.uniform(0.1, 0.7) for _ in range(4)])
     assert hits >= 1
     assert_same_run(run, expected)
 
@@ -215,7 +216,8 @@ def test_campaign_every_file_operation(new_run: NewRun, reference: Reference, se
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_campaign_random_instants(new_run: NewRun, reference: Reference, setting: str, seed: int) -> None:
     expected = reference(SETTINGS[setting])
+    seconds = new_run(SETTINGS[setting], name="timed").finish().seconds
     choice = random.Random(seed)
     run = new_run(SETTINGS[setting])
-    kill_until_done(run, [choice.uniform(0.0, 1.2) for _ in range(choice.randint(1, 6))])
+    kill_until_done(run, [seconds * choice.uniform(0.0, 0.9) for _ in range(choice.randint(1, 6))])
     assert_same_run(run, expected)
