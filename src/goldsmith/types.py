@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,14 +18,25 @@ class Message:
     """One turn.
 
     Attributes:
-        role: `user`, `assistant`, `system`, ...; a plain prompt is `user`, its completion `assistant`.
-        content: the text, exactly as the row had it.
+        role: `user`, `assistant`, `system`, `tool`, ...; a plain prompt is `user`, its completion `assistant`.
+        content: the text, exactly as the row had it; empty where an assistant only calls tools.
         weight: the weight of its tokens where the role is trained on.
+        spans: weights of stretches of `content`, (begin, end, weight) in characters, ascending, apart from each other; a
+            token that touches one takes its weight (the highest of several), in place of the message's.
+        name: who speaks, where a role has several; of a tool's answer the tool.
+        reasoning: the assistant's thoughts before its content.
+        tool_calls: of the assistant, each `{"type": "function", "function": {"name", "arguments"}}` and perhaps an `id`.
+        tool_call_id: of a tool's answer.
     """
 
     role: str
     content: str
     weight: float = 1.0
+    spans: tuple[tuple[int, int, float], ...] = ()
+    name: str | None = None
+    reasoning: str | None = None
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    tool_call_id: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +49,8 @@ class Conversation:
         source: where the row lies, `file:line`.
         is_chat: True where the tokenizer's chat template renders it, False for plain prompt/completion.
         example_weight: u_i of the objective, > 0.
+        source_name: the name of its source; reports and metrics are broken down by it.
+        tools: definitions of the tools that a chat may call, as a server is given them.
     """
 
     messages: tuple[Message, ...]
@@ -44,6 +58,8 @@ class Conversation:
     source: str
     is_chat: bool = False
     example_weight: float = 1.0
+    source_name: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,12 +151,25 @@ class PackedBatch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenScore:
-    """One gold token under a model: `log_prob` in nats, `weight` > 0."""
+    """One gold token under a model; what was not asked for, or a file leaves out, is None.
+
+    Attributes:
+        log_prob: nats.
+        weight: > 0.
+        rank: 1 where no token is likelier than the gold one.
+        best_log_prob: of the likeliest token.
+        entropy: of the model's distribution at this place, nats.
+        alternatives: the likeliest tokens, most likely first: (token_id, text, log_prob).
+    """
 
     token_id: int
     text: str
     log_prob: float
     weight: float = 1.0
+    rank: int | None = None
+    best_log_prob: float | None = None
+    entropy: float | None = None
+    alternatives: tuple[tuple[int, str, float], ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,6 +181,12 @@ class TokenScores:
         num_target_tokens: how many gold tokens.
         num_bytes: UTF-8 length of the gold text without the end token.
         tokens: the gold tokens in order; None where they were not asked for.
+        source_name: of the source; empty where unknown.
+        weighted_log_prob: sum of weight * log_prob over the gold tokens; None where unknown (then all weights are 1).
+        weight_sum: of the gold tokens; None likewise.
+        context_tokens: how many tokens stand before the first gold token; None where unknown.
+        context: their text, where it was asked for.
+        log_prob_without_context: of the gold after the beginning token alone, where it was asked for.
     """
 
     example_id: str
@@ -160,3 +195,9 @@ class TokenScores:
     num_target_tokens: int
     num_bytes: int
     tokens: tuple[TokenScore, ...] | None = None
+    source_name: str = ""
+    weighted_log_prob: float | None = None
+    weight_sum: float | None = None
+    context_tokens: int | None = None
+    context: str | None = None
+    log_prob_without_context: float | None = None
