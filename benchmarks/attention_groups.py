@@ -1,4 +1,4 @@
-"""What a group costs in packed attention: the measurement behind CALL_COST and TOKEN_COST of `models/attention.py`.
+"""What a group costs in packed attention: the measurement behind CALL_COST and TOKEN_COST of `models/layout.py`.
 
     .venv/bin/python benchmarks/attention_groups.py [--repeats 15] [--json FILE]
 
@@ -30,8 +30,10 @@ import numpy as np
 import torch
 from workloads import token_rows
 
-from goldsmith.models import attention
-from goldsmith.models.attention import PackLayout, group_segments, pack_layout, packed_attention
+from goldsmith.models import attention_cpu
+from goldsmith.models import layout as layouts
+from goldsmith.models.attention import packed_attention
+from goldsmith.models.layout import PackLayout, group_segments, pack_layout
 
 # Query heads, key heads, width of a head.
 HEADS = {"the demo's model": (4, 4, 32), "SmolLM2-135M": (9, 3, 64)}
@@ -50,8 +52,10 @@ class Sample:
 
 def layout_of(lengths: Sequence[int], sizes: Sequence[int]) -> PackLayout:
     """The layout of a pack that is cut into groups of these sizes, longest segments first."""
-    with mock.patch.object(attention, "group_segments", return_value=list(sizes)):
-        return PackLayout.plan(lengths)
+    with mock.patch.object(layouts, "group_segments", return_value=list(sizes)):
+        layout = PackLayout.plan(lengths)
+        assert len(layout.groups) == len(sizes)
+    return layout
 
 
 def cuts(lengths: Sequence[int]) -> dict[str, list[int]]:
@@ -125,7 +129,7 @@ def short_segments(heads: tuple[int, int, int], repeats: int) -> dict[int, float
         layout = layout_of([length] * (2048 // length), [2048 // length])
         times = []
         for limit in (length, length - 1):
-            with mock.patch.object(attention, "SHORT_LENGTH", limit):
+            with mock.patch.object(attention_cpu, "SHORT_LENGTH", limit):
                 times.append(seconds(layout, heads, repeats))
         ratios[length] = times[0] / times[1]
     return ratios
@@ -156,8 +160,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     options = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; in use: CALL_COST {attention.CALL_COST:.0f}, "
-          f"TOKEN_COST {attention.TOKEN_COST:.0f} pairs\n")  # fmt: skip
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; in use: CALL_COST {layouts.CALL_COST:.0f}, "
+          f"TOKEN_COST {layouts.TOKEN_COST:.0f} pairs\n")  # fmt: skip
     figures: dict[str, Any] = {}
     for name, heads in HEADS.items():
         samples = []

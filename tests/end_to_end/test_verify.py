@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from goldsmith import workflows
 from goldsmith.cli import app
 from goldsmith.models import likelihood, step
-from goldsmith.models.attention import PackLayout
+from goldsmith.models.layout import PackLayout
 from goldsmith.objective import normalization
 from goldsmith.recipe import load_recipe
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from goldsmith.errors import ModelError
 from goldsmith.models import attention
-from goldsmith.models.attention import PackLayout, group_segments, pack_layout, packed_attention
+from goldsmith.models.attention import packed_attention
+from goldsmith.models.layout import PackLayout, group_segments, pack_layout
 
 LENGTHS = [
     [1],

@@ -20,7 +20,7 @@ from goldsmith.data.shared_context import (
     shareable_length,
     shared_segments,
 )
-from goldsmith.models.attention import PackLayout
+from goldsmith.models.layout import PackLayout
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.types import TokenizedExample
 

@@ -31,7 +31,8 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, Mi
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm
 
-from goldsmith.models.attention import PackLayout, attend, attend_backward, current_layout
+from goldsmith.models.attention_cpu import attend, attend_backward
+from goldsmith.models.layout import PackLayout, current_layout
 
 __all__ = ["install_decoder_layers"]
 

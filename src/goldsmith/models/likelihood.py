@@ -7,8 +7,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from goldsmith.errors import ModelError
-from goldsmith.models.attention import PACKED_ATTENTION, PackLayout, pack_layout
+from goldsmith.models.attention import PACKED_ATTENTION
+from goldsmith.models.attention_cuda import width_fits_varlen
 from goldsmith.models.decoder_layers import install_decoder_layers
+from goldsmith.models.layout import PackLayout, pack_layout
 from goldsmith.objective.cross_entropy import ObjectiveSums, OutputHead
 from goldsmith.objective.linear_cross_entropy import linear_cross_entropy
 from goldsmith.types import PackedBatch
@@ -38,8 +40,8 @@ class LikelihoodModel(nn.Module):
         self.chunk_size = chunk_size
         self.label_smoothing = label_smoothing
         self.use_packed_attention()
-        # Layers computed by hand leave out, in the last of them, all positions but the gold.
-        self.num_layers_by_hand = install_decoder_layers(causal_lm)
+        # Layers computed by hand leave out, in the last of them, all positions but the gold. They are made for a CPU.
+        self.num_layers_by_hand = install_decoder_layers(causal_lm) if self.device.type == "cpu" else 0
 
     def use_packed_attention(self) -> None:
         """Set the model's attention to packed, as it must be for `forward`."""
@@ -65,17 +67,25 @@ class LikelihoodModel(nn.Module):
     def shares_contexts(self, longest: int) -> bool:
         """Whether packs of rows up to `longest` tokens may carry a shared context once (segments with a parent).
 
-        It is computed on a CPU, with full attention: neither a soft cap on the scores nor a window shorter than a row.
+        The kernels that do it attend in full: neither a soft cap on the scores nor a window shorter than a row; on CUDA they
+        work in half precision only.
         """
         config = self.causal_lm.config.get_text_config()
         windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
         is_windowed = any(isinstance(window, int) and window < longest for window in windows)
         has_soft_cap = getattr(config, "attn_logit_softcapping", None) is not None
-        return self.device.type == "cpu" and not is_windowed and not has_soft_cap
+        if is_windowed or has_soft_cap:
+            return False
+        if self.device.type == "cuda":
+            width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            return width_fits_varlen(width) and self.causal_lm.dtype != torch.float64
+        return self.device.type == "cpu"
 
     def gold_states(self, batch: PackedBatch) -> torch.Tensor:
         """[K, D]: the decoder's last hidden states at the positions that predict gold."""
-        rows_R, row_of_target_K = torch.unique(batch.target_positions, return_inverse=True)
+        rows_R = row_of_target_K = None
+        if self.num_layers_by_hand:
+            rows_R, row_of_target_K = torch.unique(batch.target_positions, return_inverse=True)
         layout = PackLayout.plan(
             batch.segment_lengths.tolist(),
             device=batch.input_ids.device,
@@ -86,7 +96,7 @@ class LikelihoodModel(nn.Module):
             decoder = self.causal_lm.get_decoder()
             output = decoder(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False)
         hidden: torch.Tensor = output.last_hidden_state[0]
-        if hidden.shape[0] == batch.num_tokens:
+        if rows_R is None or row_of_target_K is None or hidden.shape[0] == batch.num_tokens:
             return hidden.index_select(0, batch.target_positions)
         # Rows are ascending; targets are not where contexts are shared, nor does each then have a row of its own.
         in_order = torch.equal(row_of_target_K, torch.arange(len(rows_R), device=rows_R.device))

@@ -16,17 +16,21 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from goldsmith.objective.cross_entropy import ObjectiveSums, OutputHead
+from goldsmith.objective.cross_entropy_triton import cross_entropy_rows, has_triton
 
 __all__ = ["default_chunk_size", "linear_cross_entropy"]
 
 LOGITS_BYTES_PER_CHUNK = 64 * 2**20
+# A GPU needs larger products to be busy.
+LOGITS_BYTES_PER_CHUNK_CUDA = 512 * 2**20
 # The element-wise passes over a chunk go by blocks of rows of about this size, so that they read from the cache.
 CACHE_BYTES = 2 * 2**20
 
 
-def default_chunk_size(vocabulary: int, *, element_bytes: int = 4) -> int:
-    """Rows of a chunk so that its logits take at most 64 MiB (at least 16 rows)."""
-    return max(16, LOGITS_BYTES_PER_CHUNK // (vocabulary * element_bytes))
+def default_chunk_size(vocabulary: int, *, element_bytes: int = 4, device_type: str = "cpu") -> int:
+    """Rows of a chunk so that its logits take at most 64 MiB, 512 MiB on CUDA (at least 16 rows)."""
+    limit = LOGITS_BYTES_PER_CHUNK_CUDA if device_type == "cuda" else LOGITS_BYTES_PER_CHUNK
+    return max(16, limit // (vocabulary * element_bytes))
 
 
 def linear_cross_entropy(
@@ -43,7 +47,12 @@ def linear_cross_entropy(
     Under autocast the matrix products run in its type and everything else in float32.
     """
     if chunk_size is None:
-        chunk_size = default_chunk_size(head.weight_VD.shape[0], element_bytes=hidden_KD.element_size())
+        chunk_size = default_chunk_size(
+            head.weight_VD.shape[0],
+            # Logits are never in half precision.
+            element_bytes=max(4, hidden_KD.element_size()),
+            device_type=hidden_KD.device.type,
+        )
     leaves: tuple[torch.Tensor | None, ...] = (hidden_KD, head.weight_VD, head.bias_V)
     if not torch.is_grad_enabled():
         # `needs_input_grad` does not know of `no_grad`, and the gradients are two of the three products.
@@ -67,9 +76,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_size: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         device_type = hidden_KD.device.type
-        product_dtype = (
-            torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_KD.dtype
-        )
+        is_autocast = torch.is_autocast_enabled(device_type) and hidden_KD.dtype != torch.float64
+        product_dtype = torch.get_autocast_dtype(device_type) if is_autocast else hidden_KD.dtype
         # Softmax and sums are never taken in half precision.
         sum_dtype = torch.float64 if hidden_KD.dtype == torch.float64 else torch.float32
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
@@ -85,40 +93,53 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight: torch.Tensor | None = None
             grad_bias = torch.zeros(vocabulary, dtype=sum_dtype, device=hidden.device) if wants_bias else None
             wants_gradient = wants_hidden or wants_weight or wants_bias
-            logits_buffer = hidden.new_empty(min(chunk_size, num_targets), vocabulary)
+            is_fused = device_type == "cuda" and sum_dtype == torch.float32 and has_triton()
+            logits_buffer = hidden.new_empty(0 if is_fused else min(chunk_size, num_targets), vocabulary)
             block_size = _rows_in_cache(logits_buffer)
 
             for start in range(0, num_targets, chunk_size):
                 rows = slice(start, min(start + chunk_size, num_targets))
                 hidden_CD = hidden[rows]
-                product_CV = torch.mm(hidden_CD, weight.T, out=logits_buffer[: len(hidden_CD)])
-                # In half precision this is a copy; otherwise the gradient takes the place of the logits.
-                logits_CV = product_CV.to(sum_dtype)
-                for first in range(rows.start, rows.stop, block_size):
-                    block = slice(first, min(first + block_size, rows.stop))
-                    log_probs_K[block], losses_K[block] = _block(
-                        logits_CV[first - rows.start : block.stop - rows.start],
-                        target_ids_K[block],
-                        coefficients_K[block] if wants_gradient else None,
+                product_CV: torch.Tensor | None  # the gradient of the products
+                if is_fused:
+                    log_probs_K[rows], losses_K[rows], product_CV = cross_entropy_rows(
+                        _product(hidden_CD, weight.T),
+                        target_ids_K[rows],
+                        coefficients_K[rows],
                         bias_V,
                         head,
                         label_smoothing,
+                        grad_dtype=product_dtype if wants_gradient else None,
                     )
-                if not wants_gradient:
+                else:
+                    product_CV = torch.mm(hidden_CD, weight.T, out=logits_buffer[: len(hidden_CD)])
+                    # In half precision this is a copy; otherwise the gradient takes the place of the logits.
+                    logits_CV = product_CV.to(sum_dtype)
+                    for first in range(rows.start, rows.stop, block_size):
+                        block = slice(first, min(first + block_size, rows.stop))
+                        log_probs_K[block], losses_K[block] = _block(
+                            logits_CV[first - rows.start : block.stop - rows.start],
+                            target_ids_K[block],
+                            coefficients_K[block] if wants_gradient else None,
+                            bias_V,
+                            head,
+                            label_smoothing,
+                        )
+                    product_CV = logits_CV.to(product_dtype)
+                if not wants_gradient or product_CV is None:
                     continue
                 if grad_bias is not None:
-                    grad_bias += logits_CV.sum(dim=0)
-                product_CV = logits_CV.to(product_dtype)
+                    grad_bias += product_CV.sum(dim=0, dtype=sum_dtype)
                 if grad_hidden is not None:
                     torch.mm(product_CV, weight, out=grad_hidden[rows])
                 if not wants_weight:
                     continue
                 if grad_weight is None:
-                    grad_weight = (product_CV.T @ hidden_CD).to(sum_dtype)
+                    grad_weight = _product(product_CV.T, hidden_CD).to(sum_dtype)
                 elif product_dtype == sum_dtype:
                     grad_weight.addmm_(product_CV.T, hidden_CD)
                 else:
-                    grad_weight += product_CV.T @ hidden_CD
+                    grad_weight += _product(product_CV.T, hidden_CD)
             weighted_nll = (coefficients_K.double() * losses_K.double()).sum()
 
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
@@ -136,6 +157,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return (*gradients, None, None, None, None, None)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """A matrix product that is not rounded to half precision, where the device can do that."""
+    if a.dtype in (torch.bfloat16, torch.float16) and a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b
 
 
 def _rows_in_cache(logits_CV: torch.Tensor) -> int:

@@ -45,7 +45,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from goldsmith.errors import ModelError
 from goldsmith.models import decoder_layers, proof
-from goldsmith.models.attention import PACKED_ATTENTION, PackLayout, packed_attention
+from goldsmith.models.attention import PACKED_ATTENTION, packed_attention
+from goldsmith.models.layout import PackLayout
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.proof import TOLERANCE, prove, shrink
 

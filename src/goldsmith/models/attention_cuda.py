@@ -1,0 +1,114 @@
+"""Packed attention on CUDA: PyTorch's variable-length flash kernels, forward and backward, in half precision.
+
+These are the kernels behind `torch.nn.attention.varlen`, called as the operators under it: its function has changed its
+signature from release to release, and gives no way to pass the normalizers over *all* keys to the backward pass, which
+a shared context needs. Segments of any lengths go through one call, nothing is padded or masked.
+
+Legend: N tokens of the pack, H query heads, J key-value heads, D width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from goldsmith.models.layout import PackLayout
+
+__all__ = ["PackedFlashCUDA", "in_product_dtype", "takes_varlen", "width_fits_varlen"]
+
+_flash: Callable[..., tuple[torch.Tensor, ...]] = torch.ops.aten._flash_attention_forward
+_flash_backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = (
+    torch.ops.aten._flash_attention_backward
+)
+
+
+def in_product_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """In the type of matrix products: that of autocast where it is on. (Norms of queries and keys leave it; float64 stays.)"""
+    if not torch.is_autocast_enabled("cuda") or tensors[0].dtype == torch.float64:
+        return tensors
+    dtype = torch.get_autocast_dtype("cuda")
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def takes_varlen(query: torch.Tensor) -> bool:
+    """Whether the kernels take such queries: half precision, and heads of a width that fits."""
+    return query.dtype in (torch.bfloat16, torch.float16) and width_fits_varlen(query.shape[-1])
+
+
+def width_fits_varlen(width: int) -> bool:
+    """A head's width must be a multiple of 8, up to 256."""
+    return width % 8 == 0 and width <= 256
+
+
+class PackedFlashCUDA(torch.autograd.Function):
+    """[1, H, N, D] in (key and value [1, J, N, D]) and [1, N, H, D] out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layout: PackLayout,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        query_NHD, key_NJD, value_NJD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        bounds, longest = layout.bounds_S1, max(layout.segment_lengths)
+        out_NHD, normalizer_HN, random_state, unused, _ = _flash(
+            query_NHD, key_NJD, value_NJD, bounds, bounds, longest, longest, 0.0, True, False,
+            scale=scale, window_size_left=_left(window), window_size_right=0,
+        )  # fmt: skip
+        for (below, above), (query_bounds, key_bounds) in zip(layout.ancestors, layout.ancestor_bounds, strict=True):
+            theirs_NHD, theirs_HN, *_ = _flash(
+                query_NHD[below], key_NJD[above], value_NJD[above], query_bounds, key_bounds,
+                below.stop - below.start, above.stop - above.start, 0.0, False, False,
+                scale=scale, window_size_left=-1, window_size_right=-1,
+            )  # fmt: skip
+            # Attentions over disjoint keys join by their shares of the sum of the exponentials.
+            ours_HN = normalizer_HN[:, below]
+            both_HN = torch.logaddexp(ours_HN, theirs_HN)
+            joined = out_NHD[below] * _share(ours_HN, both_HN) + theirs_NHD * _share(theirs_HN, both_HN)
+            out_NHD[below] = joined.to(out_NHD.dtype)
+            normalizer_HN[:, below] = both_HN
+        ctx.save_for_backward(query_NHD, key_NJD, value_NJD, out_NHD, normalizer_HN, random_state, unused)
+        ctx.layout, ctx.scale, ctx.window = layout, scale, window
+        return out_NHD[None]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
+        query, key, value, out, normalizer, random_state, unused = ctx.saved_tensors
+        layout: PackLayout = ctx.layout
+        grad = grad_out[0]
+        bounds, longest = layout.bounds_S1, max(layout.segment_lengths)
+        gradients = _flash_backward(
+            grad, query, key, value, out, normalizer, bounds, bounds, longest, longest, 0.0, True, random_state, unused,
+            scale=ctx.scale, window_size_left=_left(ctx.window), window_size_right=0,
+        )  # fmt: skip
+        if layout.ancestors:
+            # Shares of several parts are added up: not in half precision.
+            gradients = tuple(gradient.float() for gradient in gradients)  # type: ignore[assignment]
+        for (below, above), (query_bounds, key_bounds) in zip(layout.ancestors, layout.ancestor_bounds, strict=True):
+            parts = _flash_backward(
+                grad[below], query[below], key[above], value[above], out[below], normalizer[:, below].contiguous(),
+                query_bounds, key_bounds, below.stop - below.start, above.stop - above.start, 0.0, False,
+                random_state, unused, scale=ctx.scale, window_size_left=-1, window_size_right=-1,
+            )  # fmt: skip
+            for gradient, part, where in zip(gradients, parts, (below, above, above), strict=True):
+                gradient[where] += part
+        query_grad, key_grad, value_grad = (gradient.to(query.dtype).transpose(0, 1)[None] for gradient in gradients)
+        return query_grad, key_grad, value_grad, None, None, None
+
+
+def _left(window: int | None) -> int:
+    """Keys to the left of a query that it sees besides its own; -1 for all."""
+    return -1 if window is None else window - 1
+
+
+def _share(part_HN: torch.Tensor, whole_HN: torch.Tensor) -> torch.Tensor:
+    """[N, H, 1]."""
+    return (part_HN - whole_HN).exp().T[..., None]
