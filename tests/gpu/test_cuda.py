@@ -8,9 +8,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from goldsmith.data.loader import Dataset
+from goldsmith.models import likelihood
 from goldsmith.models.attention import packed_attention
 from goldsmith.models.attention_cuda import PackedFlashCUDA
 from goldsmith.models.compiling import compile_layers
+from goldsmith.models.layer_pieces import pieces_for
 from goldsmith.models.layout import PackLayout, pack_layout
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.step import forward_backward
@@ -154,17 +156,20 @@ def gradient(model: LikelihoodModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-@pytest.mark.parametrize("way", ["eager", "compiled", "shared"])
-def test_gradient_of_a_step(name, way):
+@pytest.mark.parametrize("way", ["by hand", "shared", "eager", "compiled"])
+def test_gradient_of_a_step(name, way, monkeypatch):
     data = rows(12, 200)
     indices = np.arange(len(data))
     truth = LikelihoodModel(models()[name].double())
     expected = forward_backward(truth, data, indices, normalization="token", tokens_per_microbatch=10_000)
 
     causal_lm = models()[name].cuda()
+    if way in ("eager", "compiled"):
+        monkeypatch.setattr(likelihood, "install_decoder_layers", lambda causal_lm: 0)
+    model = LikelihoodModel(causal_lm)
+    assert model.num_layers_by_hand == (3 if way in ("by hand", "shared") else 0)
     if way == "compiled":
         assert compile_layers(causal_lm) == 3
-    model = LikelihoodModel(causal_lm)
     assert model.shares_contexts(512)
     sums = forward_backward(
         model, data, indices, normalization="token", tokens_per_microbatch=700, shares_contexts=way == "shared"
@@ -174,3 +179,76 @@ def test_gradient_of_a_step(name, way):
     assert sums.microbatches > 1
     assert sums.loss == pytest.approx(expected.loss, rel=2e-3)
     assert relative(gradient(model), gradient(truth)) < 2e-2
+
+
+@pytest.mark.parametrize("way", ["by hand", "layers of peft"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_lora(way, dtype, monkeypatch):
+    peft = pytest.importorskip("peft")
+    data = rows(12, 200)
+
+    def adapted(causal_lm):
+        causal_lm.requires_grad_(False)
+        torch.manual_seed(3)
+        config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        peft.inject_adapter_in_model(config, causal_lm)
+        for name, parameter in causal_lm.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter.data, std=0.05, generator=torch.Generator().manual_seed(len(name)))
+        return causal_lm
+
+    rounded = models()["llama"].to(dtype).float()
+    truth = LikelihoodModel(adapted(rounded).double())
+    expected = forward_backward(truth, data, np.arange(12), normalization="token", tokens_per_microbatch=10_000)
+    causal_lm = adapted(models()["llama"].to(dtype).float())
+    for name, parameter in causal_lm.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.to(dtype)
+    if way == "layers of peft":
+        monkeypatch.setattr(likelihood, "install_decoder_layers", lambda causal_lm: 0)
+        monkeypatch.setattr(likelihood, "install_lora_layers", lambda causal_lm: 0)
+    model = LikelihoodModel(causal_lm.cuda())
+    assert model.num_layers_by_hand == (3 if way == "by hand" else 0)
+    sums = forward_backward(model, data, np.arange(12), normalization="token", tokens_per_microbatch=700)
+    assert sums.loss == pytest.approx(expected.loss, rel=2e-3)
+    assert all(p.grad is None for n, p in causal_lm.named_parameters() if "lora_" not in n)
+    assert relative(gradient(model), gradient(truth)) < 3e-2
+
+
+@pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [64, 896, 4096])
+def test_pieces_of_a_layer(residual, width):
+    torch.manual_seed(0)
+    plain, kernels = pieces_for("cpu"), pieces_for("cuda")
+    x, grad, upstream = (torch.randn(700, width).to(residual) for _ in range(3))
+    grad = grad.bfloat16()
+    weight = 1 + torch.randn(width) / 10
+
+    y, scales = plain.normalize(x.double(), weight.double(), 1e-5, torch.float64)
+    found, found_scales = kernels.normalize(x.cuda(), weight.cuda(), 1e-5, torch.bfloat16)
+    assert relative(found, y) < 3e-3
+    assert relative(found_scales, scales) < 1e-6
+    assert relative(kernels.normalize_again(x.cuda(), found_scales, weight.cuda(), torch.bfloat16)[0], y) < 3e-3
+    expected = plain.normalize_backward(
+        grad.double(), x.double(), None, scales, weight.double(), upstream.double(), wants_weight=True
+    )
+    result = kernels.normalize_backward(
+        grad.cuda(), x.cuda(), None, found_scales, weight.cuda(), upstream.cuda(), wants_weight=True
+    )
+    assert relative(result[0], expected[0]) < (1e-6 if residual == torch.float32 else 3e-3)
+    assert relative(result[1], expected[1]) < 1e-5
+
+    heads = torch.randn(700, 6, 64).bfloat16()
+    cos, sin = (torch.randn(700, 32).repeat(1, 2) for _ in range(2))
+    for back in (False, True):
+        turned, on_gpu = heads.double(), heads.cuda()
+        plain.rotate(turned[:, :4], cos.double(), sin.double(), back=back)
+        kernels.rotate(on_gpu[:, :4], cos.cuda(), sin.cuda(), back=back)
+        assert relative(on_gpu, turned) < 3e-3
+
+    gate, up, grad = (torch.randn(700, width).bfloat16() for _ in range(3))
+    assert relative(kernels.gate(gate.cuda(), up.cuda()), plain.gate(gate.double(), up.double())) < 3e-3
+    expected = plain.gate_backward(grad.double(), gate.double(), up.double())
+    result = kernels.gate_backward(grad.cuda(), gate.cuda(), up.cuda())
+    assert relative(result[0], expected[0]) < 3e-3
+    assert relative(result[1], expected[1]) < 3e-3

@@ -9,7 +9,7 @@ Legend: N tokens of the pack, H query heads, J key-value heads, D width of a hea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from goldsmith.models.layout import PackLayout
 
-__all__ = ["PackedFlashCUDA", "in_product_dtype", "takes_varlen", "width_fits_varlen"]
+__all__ = ["PackedFlashCUDA", "attend", "attend_backward", "in_product_dtype", "takes_varlen", "width_fits_varlen"]
 
 _flash: Callable[..., tuple[torch.Tensor, ...]] = torch.ops.aten._flash_attention_forward
 _flash_backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = (
@@ -43,8 +43,73 @@ def width_fits_varlen(width: int) -> bool:
     return width % 8 == 0 and width <= 256
 
 
+def attend(
+    query_NHD: torch.Tensor,
+    key_NJD: torch.Tensor,
+    value_NJD: torch.Tensor,
+    layout: PackLayout,
+    scale: float,
+    window: int | None,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Packed attention on CUDA, outside of autograd; see `attention_cpu.attend`."""
+    bounds, longest = layout.bounds_S1, max(layout.segment_lengths)
+    out_NHD, normalizer_HN, random_state, unused, _ = _flash(
+        query_NHD, key_NJD, value_NJD, bounds, bounds, longest, longest, 0.0, True, False,
+        scale=scale, window_size_left=_left(window), window_size_right=0,
+    )  # fmt: skip
+    for (below, above), (query_bounds, key_bounds) in zip(layout.ancestors, layout.ancestor_bounds, strict=True):
+        theirs_NHD, theirs_HN, *_ = _flash(
+            query_NHD[below], key_NJD[above], value_NJD[above], query_bounds, key_bounds,
+            below.stop - below.start, above.stop - above.start, 0.0, False, False,
+            scale=scale, window_size_left=-1, window_size_right=-1,
+        )  # fmt: skip
+        # Attentions over disjoint keys join by their shares of the sum of the exponentials.
+        ours_HN = normalizer_HN[:, below]
+        both_HN = torch.logaddexp(ours_HN, theirs_HN)
+        joined = out_NHD[below] * _share(ours_HN, both_HN) + theirs_NHD * _share(theirs_HN, both_HN)
+        out_NHD[below] = joined.to(out_NHD.dtype)
+        normalizer_HN[:, below] = both_HN
+    return out_NHD, [normalizer_HN, random_state, unused]
+
+
+def attend_backward(
+    grad_NHD: torch.Tensor,
+    query_NHD: torch.Tensor,
+    key_NJD: torch.Tensor,
+    value_NJD: torch.Tensor,
+    out_NHD: torch.Tensor,
+    saved: Sequence[torch.Tensor],
+    layout: PackLayout,
+    scale: float,
+    window: int | None,
+    *,
+    into: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> None:
+    """The gradients of query, key and value, written over the three tensors `into`."""
+    normalizer_HN, random_state, unused = saved
+    bounds, longest = layout.bounds_S1, max(layout.segment_lengths)
+    gradients = _flash_backward(
+        grad_NHD, query_NHD, key_NJD, value_NJD, out_NHD, normalizer_HN, bounds, bounds, longest, longest, 0.0, True,
+        random_state, unused, scale=scale, window_size_left=_left(window), window_size_right=0,
+    )  # fmt: skip
+    if layout.ancestors:
+        # Shares of several parts are added up: not in half precision.
+        gradients = tuple(gradient.float() for gradient in gradients)  # type: ignore[assignment]
+    for (below, above), (query_bounds, key_bounds) in zip(layout.ancestors, layout.ancestor_bounds, strict=True):
+        parts = _flash_backward(
+            grad_NHD[below], query_NHD[below], key_NJD[above], value_NJD[above], out_NHD[below],
+            normalizer_HN[:, below].contiguous(), query_bounds, key_bounds, below.stop - below.start,
+            above.stop - above.start, 0.0, False, random_state, unused,
+            scale=scale, window_size_left=-1, window_size_right=-1,
+        )  # fmt: skip
+        for gradient, part, where in zip(gradients, parts, (below, above, above), strict=True):
+            gradient[where] += part
+    for target, gradient in zip(into, gradients, strict=True):
+        target.copy_(gradient)
+
+
 class PackedFlashCUDA(torch.autograd.Function):
-    """[1, H, N, D] in (key and value [1, J, N, D]) and [1, N, H, D] out."""
+    """`attend` for autograd; [1, H, N, D] in (key and value [1, J, N, D]) and [1, N, H, D] out."""
 
     @staticmethod
     def forward(
@@ -57,51 +122,18 @@ class PackedFlashCUDA(torch.autograd.Function):
         window: int | None,
     ) -> torch.Tensor:
         query_NHD, key_NJD, value_NJD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        bounds, longest = layout.bounds_S1, max(layout.segment_lengths)
-        out_NHD, normalizer_HN, random_state, unused, _ = _flash(
-            query_NHD, key_NJD, value_NJD, bounds, bounds, longest, longest, 0.0, True, False,
-            scale=scale, window_size_left=_left(window), window_size_right=0,
-        )  # fmt: skip
-        for (below, above), (query_bounds, key_bounds) in zip(layout.ancestors, layout.ancestor_bounds, strict=True):
-            theirs_NHD, theirs_HN, *_ = _flash(
-                query_NHD[below], key_NJD[above], value_NJD[above], query_bounds, key_bounds,
-                below.stop - below.start, above.stop - above.start, 0.0, False, False,
-                scale=scale, window_size_left=-1, window_size_right=-1,
-            )  # fmt: skip
-            # Attentions over disjoint keys join by their shares of the sum of the exponentials.
-            ours_HN = normalizer_HN[:, below]
-            both_HN = torch.logaddexp(ours_HN, theirs_HN)
-            joined = out_NHD[below] * _share(ours_HN, both_HN) + theirs_NHD * _share(theirs_HN, both_HN)
-            out_NHD[below] = joined.to(out_NHD.dtype)
-            normalizer_HN[:, below] = both_HN
-        ctx.save_for_backward(query_NHD, key_NJD, value_NJD, out_NHD, normalizer_HN, random_state, unused)
+        out_NHD, saved = attend(query_NHD, key_NJD, value_NJD, layout, scale, window)
+        ctx.save_for_backward(query_NHD, key_NJD, value_NJD, out_NHD, *saved)
         ctx.layout, ctx.scale, ctx.window = layout, scale, window
         return out_NHD[None]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
-        query, key, value, out, normalizer, random_state, unused = ctx.saved_tensors
-        layout: PackLayout = ctx.layout
-        grad = grad_out[0]
-        bounds, longest = layout.bounds_S1, max(layout.segment_lengths)
-        gradients = _flash_backward(
-            grad, query, key, value, out, normalizer, bounds, bounds, longest, longest, 0.0, True, random_state, unused,
-            scale=ctx.scale, window_size_left=_left(ctx.window), window_size_right=0,
-        )  # fmt: skip
-        if layout.ancestors:
-            # Shares of several parts are added up: not in half precision.
-            gradients = tuple(gradient.float() for gradient in gradients)  # type: ignore[assignment]
-        for (below, above), (query_bounds, key_bounds) in zip(layout.ancestors, layout.ancestor_bounds, strict=True):
-            parts = _flash_backward(
-                grad[below], query[below], key[above], value[above], out[below], normalizer[:, below].contiguous(),
-                query_bounds, key_bounds, below.stop - below.start, above.stop - above.start, 0.0, False,
-                random_state, unused, scale=ctx.scale, window_size_left=-1, window_size_right=-1,
-            )  # fmt: skip
-            for gradient, part, where in zip(gradients, parts, (below, above, above), strict=True):
-                gradient[where] += part
-        query_grad, key_grad, value_grad = (gradient.to(query.dtype).transpose(0, 1)[None] for gradient in gradients)
-        return query_grad, key_grad, value_grad, None, None, None
+        query, key, value, out, *saved = ctx.saved_tensors
+        into = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+        attend_backward(grad_out[0], query, key, value, out, saved, ctx.layout, ctx.scale, ctx.window, into=into)
+        return (*(gradient.transpose(0, 1)[None] for gradient in into), None, None, None)
 
 
 def _left(window: int | None) -> int:

@@ -5,25 +5,27 @@ its activations and keeps about thirty of their size. Here residuals are added i
 embedding and gating work in place, norms and the gated product are computed again in the backward pass (they cost one
 pass each), and about eleven times the activations' size is kept. The last layer computes its MLP for gold positions only.
 
-An *instance's* forward is replaced, for the classes in the table below, on a CPU, in float32 or float64, where every part is
-the plain module that its class says (an adapter's layer is not, and keeps its own forward). Outside of a pack
-the instance runs the forward of its class. The proof that every model must pass runs these layers too.
+An *instance's* forward is replaced, for the classes in the table below, where every part is the plain module that its class
+says, or such a one with the two factors of LoRA beside it (`lora.py`). On a CPU it computes in float32 or float64; on CUDA
+products are in half precision (autocast's, or the model's own), residuals in the type that they come in, and the pieces
+between are Triton kernels. Outside of a pack the instance runs the forward of its class. The proof that every model must
+pass runs these layers too.
 
 Legend: N tokens, R rows of the output (N, or the gold ones), D width, H query heads, J key-value heads, W width of a head,
-I width of the MLP.
+I width of the MLP, F rank of the factors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
@@ -31,8 +33,12 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, Mi
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm
 
-from goldsmith.models.attention_cpu import attend, attend_backward
+from goldsmith.models import attention_cpu, attention_cuda
+from goldsmith.models.layer_kernels import has_kernels
+from goldsmith.models.layer_pieces import pieces_for
 from goldsmith.models.layout import PackLayout, current_layout
+from goldsmith.models.lora import is_active, plain_lora
+from goldsmith.objective.linear_cross_entropy import product
 
 __all__ = ["install_decoder_layers"]
 
@@ -67,15 +73,23 @@ PARAMETERS = (
 )
 
 
+LINEARS = tuple(name.removesuffix(".weight") for name in PARAMETERS if "_proj.weight" in name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerSettings:
-    """What a layer computes with besides its tensors."""
+    """What a layer computes with besides its tensors.
+
+    Attributes:
+        lora: its linear layers that have factors beside them, and the scale of their product.
+    """
 
     head_width: int
     scale: float
     window: int | None
     epsilon: float
     is_last: bool
+    lora: dict[str, float]
 
 
 def install_decoder_layers(causal_lm: PreTrainedModel) -> int:
@@ -97,13 +111,13 @@ def _settings(layer: Any, *, is_last: bool) -> LayerSettings | None:
     """None where a part of the layer is not the plain module that is computed here."""
     norm = LAYERS[type(layer)]
     attention, mlp = layer.self_attn, layer.mlp
-    linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    linears = {name: layer.get_submodule(name) for name in LINEARS}
+    factors = {name: plain_lora(linear) for name, linear in linears.items()}
     norms: list[Any] = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
     epsilons: set[Any] = {module.variance_epsilon for module in norms if type(module) is norm}
     is_plain = (
-        all(type(linear) is nn.Linear for linear in linears)
+        all(type(linear) is nn.Linear or factors[name] is not None for name, linear in linears.items())
         and all(type(module) is norm for module in norms)
         and len(epsilons) == 1
         and type(mlp.act_fn) in (nn.SiLU, SiLUActivation)
@@ -117,6 +131,7 @@ def _settings(layer: Any, *, is_last: bool) -> LayerSettings | None:
         window=_window(attention),
         epsilon=epsilons.pop(),
         is_last=is_last,
+        lora={name: found.scale for name, found in factors.items() if found is not None},
     )
 
 
@@ -137,23 +152,37 @@ def _forward(
     **keywords: Any,
 ) -> torch.Tensor:
     layout = current_layout()
-    if layout is None or position_embeddings is None or not _by_hand(hidden_states):
+    dtype = _product_dtype(hidden_states)
+    is_by_hand = layout is not None and position_embeddings is not None and dtype is not None
+    if is_by_hand and settings.lora:
+        is_by_hand = all(is_active(layer.get_submodule(name)) for name in settings.lora)
+    if layout is None or position_embeddings is None or dtype is None or not is_by_hand:
         plain: torch.Tensor = type(layer).forward(
             layer, hidden_states, *arguments, position_embeddings=position_embeddings, **keywords
         )
         return plain
     tensors = [_tensor(layer, name) for name in PARAMETERS]
-    cos, sin = (table[0].to(hidden_states.dtype) for table in position_embeddings)
+    for name in settings.lora:
+        factors = plain_lora(layer.get_submodule(name))
+        assert factors is not None
+        tensors += [factors.down_FD, factors.up_DF]
+    cos, sin = (table[0] for table in position_embeddings)
+    if hidden_states.device.type == "cpu":
+        cos, sin = cos.to(dtype), sin.to(dtype)
     apply: Callable[..., torch.Tensor] = _DecoderLayer.apply
-    return apply(hidden_states[0], cos, sin, settings, layout, *tensors)[None]
+    return apply(hidden_states[0], cos, sin, settings, layout, dtype, *tensors)[None]
 
 
-def _by_hand(hidden: torch.Tensor) -> bool:
-    return (
-        hidden.device.type == "cpu"
-        and hidden.dtype in (torch.float32, torch.float64)
-        and not torch.is_autocast_enabled("cpu")
-    )
+def _product_dtype(hidden: torch.Tensor) -> torch.dtype | None:
+    """The type of the matrix products; None where such hidden states are not computed by hand."""
+    if hidden.device.type == "cpu":
+        is_exact = hidden.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+        return hidden.dtype if is_exact else None
+    if hidden.device.type != "cuda" or not has_kernels():
+        return None
+    if torch.is_autocast_enabled("cuda") and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype("cuda")
+    return hidden.dtype if hidden.dtype in (torch.bfloat16, torch.float16) else None
 
 
 def _tensor(layer: nn.Module, name: str) -> torch.Tensor | None:
@@ -164,72 +193,118 @@ def _tensor(layer: nn.Module, name: str) -> torch.Tensor | None:
 
 
 def _forward_norm(norm: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    if current_layout() is None or not _by_hand(hidden_states):
+    if current_layout() is None or _product_dtype(hidden_states) is None:
         plain: torch.Tensor = type(norm).forward(norm, hidden_states)
         return plain
     apply: Callable[..., torch.Tensor] = _RMSNorm.apply
     return apply(hidden_states, norm.weight, norm.variance_epsilon)
 
 
-# ---------------------------------------------------------------------------------------------------------------- pieces
-
-
-def _scales(x: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """1 / root mean square over the last dimension, kept as 1."""
-    norms: torch.Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return norms.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
-
-
-def _norm_backward(
-    grad: torch.Tensor, normalized: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of `x * scales * weight`; `grad` is overwritten.
-
-    Args:
-        normalized: x * scales.
-
-    Returns:
-        the gradient of x *before* its factor `scales`, so that the caller can add it to a residual in one pass, and the
-        gradient of the weight.
-    """
-    products = grad * normalized
-    grad_weight = products.flatten(0, -2).sum(dim=0)
-    projections = (products @ weight).div_(weight.shape[0]).unsqueeze(-1)
-    return grad.mul_(weight).addcmul_(normalized, projections, value=-1.0), grad_weight
-
-
-def _rotate(x_NHW: torch.Tensor, cos_NW: torch.Tensor, sin_NW: torch.Tensor, *, back: bool = False) -> None:
-    """Rotary embedding in place: the first half of a head's width is rotated against the second."""
-    half = x_NHW.shape[-1] // 2
-    cos, sin = cos_NW[:, None, :half], sin_NW[:, None, :half]
-    sign = -1.0 if back else 1.0
-    first, second = x_NHW[..., :half], x_NHW[..., half:]
-    rotated_first = (first * cos).addcmul_(second, sin, value=-sign)
-    second.mul_(cos).addcmul_(first, sin, value=sign)
-    first.copy_(rotated_first)
-
-
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    torch.mm(x, weight.T, out=out)
-    if bias is not None:
-        out += bias
-
-
 class _RMSNorm(torch.autograd.Function):
-    """Root-mean-square norm (Zhang and Sennrich 2019) that keeps its input and one number a row."""
+    """Root-mean-square norm that keeps its input and one number a row."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-        scales = _scales(x, epsilon)
+        y, scales = pieces_for(x.device.type).normalize(x, weight, epsilon, x.dtype)
         ctx.save_for_backward(x, weight, scales)
-        return (x * scales).mul_(weight)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         x, weight, scales = ctx.saved_tensors
-        grad_x, grad_weight = _norm_backward(grad.clone(), x * scales, scales, weight)
-        return grad_x.mul_(scales), grad_weight if ctx.needs_input_grad[1] else None, None
+        grad_x, grad_weight = pieces_for(x.device.type).normalize_backward(
+            # A copy: the gradient is not ours to overwrite.
+            grad.clone(), x, None, scales, weight, None, wants_weight=ctx.needs_input_grad[1]
+        )  # fmt: skip
+        return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), None
+
+
+class _Linears:
+    """The linear layers of one decoder layer: weights in the type of the products, LoRA's factors beside them.
+
+    Args:
+        tensors: of `PARAMETERS`, then the factors in the order of `lora`.
+        needed: for each tensor whether it wants a gradient; all False outside of a backward pass.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor | None],
+        lora: Mapping[str, float],
+        dtype: torch.dtype,
+        needed: Sequence[bool] = (),
+    ) -> None:
+        self.own = dict(zip(PARAMETERS, tensors, strict=False))
+        self.lora = lora
+        self.dtype = dtype
+        names = [*PARAMETERS, *(f"{name}.{factor}" for name in lora for factor in ("down", "up"))]
+        self.factors = dict(zip(names[len(PARAMETERS) :], tensors[len(PARAMETERS) :], strict=True))
+        self.needed = dict(zip(names, needed, strict=True)) if needed else dict.fromkeys(names, False)
+        self.grads: dict[str, torch.Tensor] = {}
+
+    def weight(self, name: str) -> torch.Tensor:
+        return _present(self.own[f"{name}.weight"]).to(self.dtype)
+
+    def _factor(self, name: str) -> torch.Tensor:
+        return _present(self.factors[name]).to(self.dtype)
+
+    def size(self, name: str) -> int:
+        return _present(self.own[f"{name}.weight"]).shape[0]
+
+    def apply(self, name: str, x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """`x W^T + b`, and what the factors add, written to `out`."""
+        y = torch.mm(x, self.weight(name).T, out=out)
+        return self._complete(name, x, y)
+
+    def apply_and_add(self, name: str, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The same, added to a residual, in its type."""
+        if residual.dtype == self.dtype:
+            return self._complete(name, x, torch.addmm(residual, x, self.weight(name).T))
+        return residual + self.apply(name, x)
+
+    def _complete(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        bias = self.own[f"{name}.bias"]
+        if bias is not None:
+            y += bias.to(y.dtype)
+        if name in self.lora:
+            down = x @ self._factor(f"{name}.down").T
+            y.addmm_(down, self._factor(f"{name}.up").T, alpha=self.lora[name])
+        return y
+
+    def add_gradients(self, name: str, grad_y: torch.Tensor, x: torch.Tensor) -> None:
+        """The gradients of the layer's own tensors."""
+        if self.needed[f"{name}.weight"]:
+            self._note(f"{name}.weight", product(grad_y.T, x))
+        if self.needed[f"{name}.bias"]:
+            self._note(f"{name}.bias", grad_y.sum(dim=0))
+        if name in self.lora:
+            down = x @ self._factor(f"{name}.down").T
+            self._note(f"{name}.up", product(grad_y.T, down).mul_(self.lora[name]))
+            self._note(f"{name}.down", product(self._grad_down(name, grad_y).T, x))
+
+    def _grad_down(self, name: str, grad_y: torch.Tensor) -> torch.Tensor:
+        return (grad_y @ self._factor(f"{name}.up")).mul_(self.lora[name])
+
+    def input_gradient(self, name: str, grad_y: torch.Tensor, *, into: torch.Tensor | None = None) -> torch.Tensor:
+        """The gradient of x, added to `into` where that is given."""
+        weight = self.weight(name)
+        grad_x = grad_y @ weight if into is None else into.addmm_(grad_y, weight)
+        if name in self.lora:
+            grad_x.addmm_(self._grad_down(name, grad_y), self._factor(f"{name}.down"))
+        return grad_x
+
+    def note_norm(self, name: str, gradient: torch.Tensor | None) -> None:
+        if gradient is not None:
+            self._note(name, gradient)
+
+    def _note(self, name: str, gradient: torch.Tensor) -> None:
+        tensor = self.own[name] if name in self.own else self.factors[name]
+        self.grads[name] = gradient.to(_present(tensor).dtype)
+
+    def gradients(self) -> list[torch.Tensor | None]:
+        """In the order of the tensors; None for those that want none."""
+        return [self.grads.get(name) if needed else None for name, needed in self.needed.items()]
 
 
 class _DecoderLayer(torch.autograd.Function):
@@ -243,111 +318,108 @@ class _DecoderLayer(torch.autograd.Function):
         sin_NW: torch.Tensor,
         settings: LayerSettings,
         layout: PackLayout,
+        dtype: torch.dtype,
         *tensors: torch.Tensor | None,
     ) -> torch.Tensor:
-        p = dict(zip(PARAMETERS, tensors, strict=True))
-        width, epsilon = settings.head_width, settings.epsilon
-        query_weight, key_weight = _present(p["self_attn.q_proj.weight"]), _present(p["self_attn.k_proj.weight"])
-        query_size, key_size = query_weight.shape[0], key_weight.shape[0]
-        num_tokens = x_ND.shape[0]
+        device = x_ND.device.type
+        with torch.autocast(device, enabled=False):
+            pieces, attend = pieces_for(device), _attention_of(device).attend
+            linears = _Linears(tensors, settings.lora, dtype)
+            own = linears.own
+            width, epsilon = settings.head_width, settings.epsilon
+            query_size, key_size = linears.size("self_attn.q_proj"), linears.size("self_attn.k_proj")
+            num_tokens = x_ND.shape[0]
 
-        scales_N1 = _scales(x_ND, epsilon)
-        normalized_ND = (x_ND * scales_N1).mul_(_present(p["input_layernorm.weight"]))
-        joint = x_ND.new_empty(num_tokens, query_size + 2 * key_size)
-        sizes = [query_size, key_size, key_size]
-        for part, name in zip(joint.split(sizes, dim=1), ("q_proj", "k_proj", "v_proj"), strict=True):
-            _linear(normalized_ND, _present(p[f"self_attn.{name}.weight"]), p[f"self_attn.{name}.bias"], part)
-        del normalized_ND
-        heads = joint.view(num_tokens, -1, width)
-        num_query, num_key = query_size // width, key_size // width
-        unnormed, head_scales = None, None
-        if p["self_attn.q_norm.weight"] is not None:
-            unnormed = heads[:, : num_query + num_key].clone()
-            head_scales = _scales(unnormed, epsilon)
-            heads[:, :num_query].mul_(head_scales[:, :num_query]).mul_(p["self_attn.q_norm.weight"])
-            heads[:, num_query : num_query + num_key].mul_(head_scales[:, num_query:]).mul_(
-                _present(p["self_attn.k_norm.weight"])
+            normalized_ND, scales_N1 = pieces.normalize(x_ND, _present(own["input_layernorm.weight"]), epsilon, dtype)
+            joint = normalized_ND.new_empty(num_tokens, query_size + 2 * key_size)
+            sizes = [query_size, key_size, key_size]
+            for part, name in zip(joint.split(sizes, dim=1), ("q_proj", "k_proj", "v_proj"), strict=True):
+                linears.apply(f"self_attn.{name}", normalized_ND, out=part)
+            del normalized_ND
+            heads = joint.view(num_tokens, -1, width)
+            num_query, num_key = query_size // width, key_size // width
+            unnormed, head_scales = None, None
+            if own["self_attn.q_norm.weight"] is not None:
+                unnormed = heads[:, : num_query + num_key].clone()
+                head_scales = joint.new_empty(num_tokens, num_query + num_key, 1, dtype=scales_N1.dtype)
+                for name, part in _normed_heads(num_query, num_key):
+                    normed, head_scales[:, part] = pieces.normalize(
+                        unnormed[:, part].contiguous(), _present(own[name]), epsilon, dtype
+                    )
+                    heads[:, part] = normed
+            pieces.rotate(heads[:, : num_query + num_key], cos_NW, sin_NW)
+            query, key, value = heads.split([num_query, num_key, num_key], dim=1)
+            attended_NHW, attention_saved = attend(query, key, value, layout, settings.scale, settings.window)
+
+            rows = layout.gold_rows_R if settings.is_last else None
+            attended = attended_NHW.view(num_tokens, query_size)
+            residual = x_ND
+            if rows is not None:
+                attended, residual = attended.index_select(0, rows), x_ND.index_select(0, rows)
+            middle_RD = linears.apply_and_add("self_attn.o_proj", attended, residual)
+
+            normalized_RD, middle_scales_R1 = pieces.normalize(
+                middle_RD, _present(own["post_attention_layernorm.weight"]), epsilon, dtype
             )
-        _rotate(heads[:, : num_query + num_key], cos_NW, sin_NW)
-        query, key, value = heads.split([num_query, num_key, num_key], dim=1)
-        attended_NHW, attention_saved = attend(query, key, value, layout, settings.scale, settings.window)
-
-        rows = layout.gold_rows_R if settings.is_last else None
-        attended = attended_NHW.view(num_tokens, query_size)
-        residual = x_ND
-        if rows is not None:
-            attended, residual = attended.index_select(0, rows), x_ND.index_select(0, rows)
-        middle_RD = torch.addmm(residual, attended, _present(p["self_attn.o_proj.weight"]).T)
-        if p["self_attn.o_proj.bias"] is not None:
-            middle_RD += p["self_attn.o_proj.bias"]
-
-        middle_scales_R1 = _scales(middle_RD, epsilon)
-        normalized_RD = (middle_RD * middle_scales_R1).mul_(_present(p["post_attention_layernorm.weight"]))
-        inner = _present(p["mlp.gate_proj.weight"]).shape[0]
-        gate_RI, up_RI = (middle_RD.new_empty(len(middle_RD), inner) for _ in range(2))
-        _linear(normalized_RD, _present(p["mlp.gate_proj.weight"]), p["mlp.gate_proj.bias"], gate_RI)
-        _linear(normalized_RD, _present(p["mlp.up_proj.weight"]), p["mlp.up_proj.bias"], up_RI)
-        del normalized_RD
-        gated_RI = functional.silu(gate_RI).mul_(up_RI)
-        out_RD = torch.addmm(middle_RD, gated_RI, _present(p["mlp.down_proj.weight"]).T)
-        if p["mlp.down_proj.bias"] is not None:
-            out_RD += p["mlp.down_proj.bias"]
+            gate_RI = linears.apply("mlp.gate_proj", normalized_RD)
+            up_RI = linears.apply("mlp.up_proj", normalized_RD)
+            del normalized_RD
+            out_RD = linears.apply_and_add("mlp.down_proj", pieces.gate(gate_RI, up_RI), middle_RD)
 
         ctx.save_for_backward(
             x_ND, cos_NW, sin_NW, scales_N1, joint, unnormed, head_scales, attended_NHW, middle_RD, middle_scales_R1,
             gate_RI, up_RI, *tensors, *attention_saved,
         )  # fmt: skip
-        ctx.settings, ctx.layout = settings, layout
+        ctx.settings, ctx.layout, ctx.dtype, ctx.num_tensors = settings, layout, dtype, len(tensors)
         return out_RD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
-        settings, layout = ctx.settings, ctx.layout
+        settings, layout, dtype = ctx.settings, ctx.layout, ctx.dtype
         saved = ctx.saved_tensors
         (x_ND, cos_NW, sin_NW, scales_N1, joint, unnormed, head_scales, attended_NHW, middle_RD, middle_scales_R1, gate_RI, up_RI) = saved[:12]  # fmt: skip  # noqa: E501
-        p = dict(zip(PARAMETERS, saved[12 : 12 + len(PARAMETERS)], strict=True))
-        attention_saved = saved[12 + len(PARAMETERS) :]
-        needed = dict(zip(PARAMETERS, ctx.needs_input_grad[5:], strict=True))
-        grads: dict[str, torch.Tensor] = {}
-
-        def parameter_grads(name: str, grad_y: torch.Tensor, inputs: torch.Tensor) -> None:
-            if needed[f"{name}.weight"]:
-                grads[f"{name}.weight"] = grad_y.T @ inputs
-            if needed[f"{name}.bias"]:
-                grads[f"{name}.bias"] = grad_y.sum(dim=0)
+        tensors, attention_saved = saved[12 : 12 + ctx.num_tensors], saved[12 + ctx.num_tensors :]
+        linears = _Linears(tensors, settings.lora, dtype, ctx.needs_input_grad[6:])
+        own, needed = linears.own, linears.needed
+        pieces, attend_backward = pieces_for(x_ND.device.type), _attention_of(x_ND.device.type).attend_backward
 
         grad_RD = grad_out.contiguous()
+        grad_product_RD = grad_RD.to(dtype)
         # The gated MLP.
-        gated = functional.silu(gate_RI)
-        parameter_grads("mlp.down_proj", grad_RD, gated * up_RI)
-        grad_gated = grad_RD @ p["mlp.down_proj.weight"]
-        grad_up = gated.mul_(grad_gated)
-        grad_gate = torch.ops.aten.silu_backward(grad_gated.mul_(up_RI), gate_RI)
-        del gated, grad_gated
-        unscaled_RD = middle_RD * middle_scales_R1
-        normalized_RD = unscaled_RD * p["post_attention_layernorm.weight"]
-        parameter_grads("mlp.gate_proj", grad_gate, normalized_RD)
-        parameter_grads("mlp.up_proj", grad_up, normalized_RD)
+        linears.add_gradients("mlp.down_proj", grad_product_RD, pieces.gate(gate_RI, up_RI))
+        grad_gated = linears.input_gradient("mlp.down_proj", grad_product_RD)
+        grad_gate, grad_up = pieces.gate_backward(grad_gated, gate_RI, up_RI)
+        del grad_gated, grad_product_RD
+        middle_weight = _present(own["post_attention_layernorm.weight"])
+        normalized_RD, unscaled_RD = pieces.normalize_again(middle_RD, middle_scales_R1, middle_weight, dtype)
+        linears.add_gradients("mlp.gate_proj", grad_gate, normalized_RD)
+        linears.add_gradients("mlp.up_proj", grad_up, normalized_RD)
         del normalized_RD
-        grad_normalized = (grad_gate @ p["mlp.gate_proj.weight"]).addmm_(grad_up, p["mlp.up_proj.weight"])
+        grad_normalized = linears.input_gradient("mlp.gate_proj", grad_gate)
+        grad_normalized = linears.input_gradient("mlp.up_proj", grad_up, into=grad_normalized)
         del grad_gate, grad_up
-        unscaled_grad, grads["post_attention_layernorm.weight"] = _norm_backward(
-            grad_normalized, unscaled_RD, middle_scales_R1, p["post_attention_layernorm.weight"]
-        )
-        grad_middle = torch.addcmul(grad_RD, unscaled_grad, middle_scales_R1)
-        del unscaled_RD, unscaled_grad, grad_normalized
+        grad_middle, grad_weight = pieces.normalize_backward(
+            grad_normalized, middle_RD, unscaled_RD, middle_scales_R1, middle_weight, grad_RD,
+            wants_weight=needed["post_attention_layernorm.weight"],
+        )  # fmt: skip
+        linears.note_norm("post_attention_layernorm.weight", grad_weight)
+        del unscaled_RD, grad_normalized
 
         # Attention.
         rows = layout.gold_rows_R if settings.is_last else None
         attended = attended_NHW.flatten(1)
-        parameter_grads("self_attn.o_proj", grad_middle, attended if rows is None else attended.index_select(0, rows))
-        grad_attended = grad_middle @ p["self_attn.o_proj.weight"]
+        grad_product_RD = grad_middle.to(dtype)
+        linears.add_gradients(
+            "self_attn.o_proj", grad_product_RD, attended if rows is None else attended.index_select(0, rows)
+        )
+        grad_attended = linears.input_gradient("self_attn.o_proj", grad_product_RD)
+        del grad_product_RD
         if rows is not None:
             everywhere = grad_attended.new_zeros(x_ND.shape[0], grad_attended.shape[1])
             grad_attended = everywhere.index_copy_(0, rows, grad_attended)
         num_tokens, width = x_ND.shape[0], settings.head_width
-        query_size, key_size = p["self_attn.q_proj.weight"].shape[0], p["self_attn.k_proj.weight"].shape[0]
+        query_size, key_size = linears.size("self_attn.q_proj"), linears.size("self_attn.k_proj")
         sizes = [query_size // width, key_size // width, key_size // width]
         query, key, value = joint.view(num_tokens, -1, width).split(sizes, dim=1)
         grad_joint = torch.empty_like(joint)
@@ -366,37 +438,48 @@ class _DecoderLayer(torch.autograd.Function):
             into=(grad_query, grad_key, grad_value),
         )
         del grad_attended
-        _rotate(grad_heads[:, : sizes[0] + sizes[1]], cos_NW, sin_NW, back=True)
+        pieces.rotate(grad_heads[:, : sizes[0] + sizes[1]], cos_NW, sin_NW, back=True)
         if unnormed is not None:
-            for name, part in (("q_norm", slice(0, sizes[0])), ("k_norm", slice(sizes[0], sizes[0] + sizes[1]))):
-                scales, key_name = head_scales[:, part], f"self_attn.{name}.weight"
-                grad_part, grads[key_name] = _norm_backward(
-                    grad_heads[:, part].contiguous(), unnormed[:, part] * scales, scales, p[key_name]
-                )
-                torch.mul(grad_part, scales, out=grad_heads[:, part])
+            for name, part in _normed_heads(sizes[0], sizes[1]):
+                grad_part, grad_weight = pieces.normalize_backward(
+                    grad_heads[:, part].contiguous(), unnormed[:, part].contiguous(), None,
+                    head_scales[:, part].contiguous(), _present(own[name]), None, wants_weight=needed[name],
+                )  # fmt: skip
+                linears.note_norm(name, grad_weight)
+                grad_heads[:, part] = grad_part
 
-        unscaled_ND = x_ND * scales_N1
-        normalized_ND = unscaled_ND * p["input_layernorm.weight"]
+        first_weight = _present(own["input_layernorm.weight"])
+        normalized_ND, unscaled_ND = pieces.normalize_again(x_ND, scales_N1, first_weight, dtype)
         parts = grad_joint.split([query_size, key_size, key_size], dim=1)
-        for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
-            parameter_grads(f"self_attn.{name}", part, normalized_ND)
+        names = [f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")]
+        for name, part in zip(names, parts, strict=True):
+            linears.add_gradients(name, part, normalized_ND)
         del normalized_ND
-        wanted = [grads.get(name) if needed[name] else None for name in PARAMETERS]
         if not (ctx.needs_input_grad[0] or needed["input_layernorm.weight"]):
             # Nothing below this layer is trained.
-            return (None, None, None, None, None, *wanted)
-        grad_normalized = parts[0] @ p["self_attn.q_proj.weight"]
-        grad_normalized.addmm_(parts[1], p["self_attn.k_proj.weight"])
-        grad_normalized.addmm_(parts[2], p["self_attn.v_proj.weight"])
-        unscaled_grad, grads["input_layernorm.weight"] = _norm_backward(
-            grad_normalized, unscaled_ND, scales_N1, p["input_layernorm.weight"]
-        )
-        if rows is None:
-            grad_x = torch.addcmul(grad_middle, unscaled_grad, scales_N1)
-        else:
-            grad_x = unscaled_grad.mul_(scales_N1).index_add_(0, rows, grad_middle)
-        wanted[0] = grads["input_layernorm.weight"] if needed["input_layernorm.weight"] else None
-        return (grad_x, None, None, None, None, *wanted)
+            return (None, None, None, None, None, None, *linears.gradients())
+        grad_normalized = linears.input_gradient(names[0], parts[0])
+        for name, part in zip(names[1:], parts[1:], strict=True):
+            grad_normalized = linears.input_gradient(name, part, into=grad_normalized)
+        grad_x, grad_weight = pieces.normalize_backward(
+            grad_normalized, x_ND, unscaled_ND, scales_N1, first_weight, grad_middle if rows is None else None,
+            wants_weight=needed["input_layernorm.weight"],
+        )  # fmt: skip
+        linears.note_norm("input_layernorm.weight", grad_weight)
+        if rows is not None:
+            grad_x = grad_x.index_add_(0, rows, grad_middle)
+        return (grad_x, None, None, None, None, None, *linears.gradients())
+
+
+def _normed_heads(num_query: int, num_key: int) -> tuple[tuple[str, slice], tuple[str, slice]]:
+    return (
+        ("self_attn.q_norm.weight", slice(0, num_query)),
+        ("self_attn.k_norm.weight", slice(num_query, num_query + num_key)),
+    )
+
+
+def _attention_of(device_type: str) -> ModuleType:
+    return attention_cuda if device_type == "cuda" else attention_cpu
 
 
 def _present(tensor: torch.Tensor | None) -> torch.Tensor:

@@ -11,6 +11,7 @@ from goldsmith.models.attention import PACKED_ATTENTION
 from goldsmith.models.attention_cuda import width_fits_varlen
 from goldsmith.models.decoder_layers import install_decoder_layers
 from goldsmith.models.layout import PackLayout, pack_layout
+from goldsmith.models.lora import install_lora_layers
 from goldsmith.objective.cross_entropy import ObjectiveSums, OutputHead
 from goldsmith.objective.linear_cross_entropy import linear_cross_entropy
 from goldsmith.types import PackedBatch
@@ -40,8 +41,9 @@ class LikelihoodModel(nn.Module):
         self.chunk_size = chunk_size
         self.label_smoothing = label_smoothing
         self.use_packed_attention()
-        # Layers computed by hand leave out, in the last of them, all positions but the gold. They are made for a CPU.
-        self.num_layers_by_hand = install_decoder_layers(causal_lm) if self.device.type == "cpu" else 0
+        install_lora_layers(causal_lm)
+        # Layers computed by hand leave out, in the last of them, all positions but the gold.
+        self.num_layers_by_hand = install_decoder_layers(causal_lm)
 
     def use_packed_attention(self) -> None:
         """Set the model's attention to packed, as it must be for `forward`."""

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from goldsmith.objective.cross_entropy import ObjectiveSums, OutputHead
 from goldsmith.objective.cross_entropy_triton import cross_entropy_rows, has_triton
 
-__all__ = ["default_chunk_size", "linear_cross_entropy"]
+__all__ = ["default_chunk_size", "linear_cross_entropy", "product"]
 
 LOGITS_BYTES_PER_CHUNK = 64 * 2**20
 # A GPU needs larger products to be busy.
@@ -103,7 +103,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 product_CV: torch.Tensor | None  # the gradient of the products
                 if is_fused:
                     log_probs_K[rows], losses_K[rows], product_CV = cross_entropy_rows(
-                        _product(hidden_CD, weight.T),
+                        product(hidden_CD, weight.T),
                         target_ids_K[rows],
                         coefficients_K[rows],
                         bias_V,
@@ -135,11 +135,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if not wants_weight:
                     continue
                 if grad_weight is None:
-                    grad_weight = _product(product_CV.T, hidden_CD).to(sum_dtype)
+                    grad_weight = product(product_CV.T, hidden_CD).to(sum_dtype)
                 elif product_dtype == sum_dtype:
                     grad_weight.addmm_(product_CV.T, hidden_CD)
                 else:
-                    grad_weight += _product(product_CV.T, hidden_CD)
+                    grad_weight += product(product_CV.T, hidden_CD)
             weighted_nll = (coefficients_K.double() * losses_K.double()).sum()
 
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
@@ -159,7 +159,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*gradients, None, None, None, None, None)
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """A matrix product that is not rounded to half precision, where the device can do that."""
     if a.dtype in (torch.bfloat16, torch.float16) and a.device.type == "cuda":
         return torch.mm(a, b, out_dtype=torch.float32)
