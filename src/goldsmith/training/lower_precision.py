@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from goldsmith.errors import ConfigError
@@ -79,7 +80,9 @@ class BFloat16AdamW(torch.optim.Optimizer):
         (beta1, beta2), rate = group["betas"], group["lr"]
         step_size = rate / (1.0 - beta1**step)
         root_of_correction = math.sqrt(1.0 - beta2**step)
-        generator = torch.Generator(parameter.device).manual_seed((step << 24) + number)
+        # Mixed, because the generator of a CPU looks at 32 bits of a seed only.
+        seed = int(np.random.SeedSequence([step, number]).generate_state(1)[0])
+        generator = torch.Generator(parameter.device).manual_seed(seed)
         assert parameter.grad is not None
         if not parameter.is_contiguous():
             raise ValueError(f"a parameter of shape {list(parameter.shape)} is not contiguous")
