@@ -69,7 +69,7 @@ def test_one_process_out_of_memory_cuts_the_step_of_all(
     assert "out of memory" not in outcomes[1].stderr  # one speaks for all
     records, expected = read_metrics(run.metrics), read_metrics(reference(in_float64).metrics)
     budgets = [record["tokens_per_microbatch"] for record in records if record["kind"] == "step"]
-    assert max(budgets) < 1000
+    assert budgets[-1] < 1000
     assert budgets == sorted(budgets, reverse=True)
     for record, wanted in zip(records, expected, strict=True):
         assert record["nll"] == pytest.approx(wanted["nll"], rel=1e-9)

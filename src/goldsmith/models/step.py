@@ -184,7 +184,7 @@ def _differentiate(
     """Forward and backward pass of one pack."""
     with autocast(model.device):
         sums = model(batch, coefficients_K)
-    if not only_if_finite or math.isfinite(float(sums.weighted_nll)):
+    if not only_if_finite or math.isfinite(float(sums.weighted_nll.detach())):
         sums.weighted_nll.backward()
     return ObjectiveSums(
         weighted_nll=sums.weighted_nll.detach(), weight_sum=sums.weight_sum, log_probs_K=sums.log_probs_K

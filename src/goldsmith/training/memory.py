@@ -263,7 +263,9 @@ def parse_bytes(text: str | int) -> int:
 
 def format_bytes(number: float) -> str:
     """
-    >>> format_bytes(538_000_000), format_bytes(2_152_000_000)
-    ('538 MB', '2.15 GB')
+    >>> format_bytes(41_472), format_bytes(538_000_000), format_bytes(2_152_000_000)
+    ('41 kB', '538 MB', '2.15 GB')
     """
+    if number < 1e6:
+        return f"{number / 1e3:,.0f} kB"
     return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:,.0f} MB"

@@ -166,7 +166,7 @@ def _run(
     resolved = recipe if stored is None else _with_resolved(recipe, stored)
     say = _Say(quiet=quiet or not distributed.is_main())
     if stored is not None:
-        _compare_machine(recipe, stored, device, say)
+        _compare_machine(resolved, stored, device, say)
 
     if not resolved.data.train and train_rows is None:
         raise ConfigError("data.train: missing, and no rows were given", remedy="name the files to train on")
