@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from goldsmith.errors import ModelError
-from goldsmith.models.attention import current_layout, pack_layout
+from goldsmith.models.layout import current_layout, pack_layout
 
 __all__ = ["checkpoint_layers", "decoder_layers", "keep_activations"]
 

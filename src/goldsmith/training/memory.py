@@ -48,6 +48,7 @@ class ModelShape:
         by_hand: whether layers are those of `models.decoder_layers`.
         element_bytes: of a parameter.
         product_bytes: of what matrix products take and give; 2 under autocast.
+        device_type: logits come in larger chunks on `cuda`.
     """
 
     parameters: int
@@ -64,6 +65,7 @@ class ModelShape:
     by_hand: bool
     element_bytes: int
     product_bytes: int
+    device_type: str = "cpu"
 
     @classmethod
     def of(cls, model: LikelihoodModel) -> ModelShape:
@@ -87,9 +89,10 @@ class ModelShape:
             heads=heads,
             vocabulary=weight.shape[0],
             is_output_trained=weight.requires_grad,
-            by_hand=model.num_layers_by_hand > 0 and model.device.type == "cpu",
+            by_hand=model.num_layers_by_hand > 0,
             element_bytes=element_bytes,
             product_bytes=2 if model.device.type == "cuda" else element_bytes,
+            device_type=model.device.type,
         )
 
 
@@ -177,7 +180,7 @@ def memory_budget(
     kept = {name: size * tokens for name, size in _layer_bytes_per_token(shape).items()}
     in_all_layers = activation_checkpointing == "none"
     copies, where = (shape.layers, "in all layers") if in_all_layers else (1, "in one layer")
-    chunk = min(gold_tokens, default_chunk_size(shape.vocabulary, element_bytes=element))
+    chunk = min(gold_tokens, default_chunk_size(shape.vocabulary, element_bytes=element, device_type=shape.device_type))
     # In half precision the logits exist in it and in float32.
     logit_bytes = element if product == element else 4 + product
     gradients = shape.largest_parameter if step_in_backward else shape.trainable
