@@ -45,6 +45,7 @@ class StepRecord(_Record):
         grad_norm: of all gradients together, before clipping.
         update_to_weight: per layer group, norm of the update / norm of the weights.
         seconds, tokens_per_second, peak_memory_bytes: measured.
+        tokens_per_microbatch: as it was in this step; smaller than the recipe's where memory did not suffice.
     """
 
     step: int
@@ -62,6 +63,7 @@ class StepRecord(_Record):
     seconds: float
     tokens_per_second: float
     peak_memory_bytes: int
+    tokens_per_microbatch: int
     kind: str = "step"
 
 
@@ -164,6 +166,8 @@ class TrainingState(_Record):
         stopped_early: early stopping ended the run here.
         metrics_offset, examples_offset: bytes of the two files at this point.
         elapsed_seconds: time spent in all runs so far.
+        halved_tokens_per_microbatch, halved_from: what is used in place of the recipe's value, and that value, since a step
+            ran out of memory; None otherwise.
     """
 
     step: int
@@ -174,6 +178,8 @@ class TrainingState(_Record):
     metrics_offset: int
     examples_offset: int
     elapsed_seconds: float
+    halved_tokens_per_microbatch: int | None = None
+    halved_from: int | None = None
 
     @classmethod
     def initial(cls) -> TrainingState:

@@ -78,6 +78,7 @@ def test_the_command_writes_a_run(settings: dict[str, Any], here: Path) -> None:
         "recipe.yaml",
         "data.json",
         "environment.json",
+        "memory.json",
         "metrics.jsonl",
         "examples.jsonl",
         "checkpoints",

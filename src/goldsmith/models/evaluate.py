@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,6 +14,8 @@ from goldsmith.data.loader import Dataset
 from goldsmith.data.packing import pack
 from goldsmith.errors import NumericalError
 from goldsmith.models.likelihood import LikelihoodModel
+from goldsmith.models.out_of_memory import OutOfMemoryError, is_out_of_memory, release_memory
+from goldsmith.types import PackedBatch
 
 __all__ = ["LikelihoodSums", "iterate_log_probs", "sum_log_likelihood"]
 
@@ -65,6 +67,7 @@ def iterate_log_probs(
     tokens_per_microbatch: int,
     device: torch.device | str | None = None,
     indices: Sequence[int] | None = None,
+    note_halved: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[int, npt.NDArray[np.float64]]]:
     """The log-probability of each gold token, example by example, in data-set order.
 
@@ -78,12 +81,14 @@ def iterate_log_probs(
         tokens_per_microbatch: at most so many tokens a pack; an example that is longer is a pack by itself.
         device: where packs are sent; the model's own by default.
         indices: these examples only, in this order (a rank's share); all by default.
+        note_halved: told of the new `tokens_per_microbatch` where a pack did not fit into memory and the rest is cut finer.
 
     Yields:
         (index of the example in the data set, float64 [its gold tokens], nats, <= 0).
 
     Raises:
         NumericalError: a log-probability is not finite or is above 0; it names the example.
+        OutOfMemoryError: an example by itself does not fit into memory.
     """
     if tokens_per_microbatch < 1:
         raise ValueError(f"tokens_per_microbatch must be at least 1, not {tokens_per_microbatch}")
@@ -94,10 +99,22 @@ def iterate_log_probs(
     while start < len(chosen):
         end = _window_end(lengths, start, tokens_per_microbatch)
         log_probs: dict[int, npt.NDArray[np.float64]] = {}  # keyed by place: `indices` may name an example twice
-        for places in _packs(lengths, start, end, tokens_per_microbatch):
+        packs = list(_packs(lengths, start, end, tokens_per_microbatch))[::-1]
+        while packs:
+            places = packs.pop()
             batch = pack(dataset, chosen[places])
-            with _evaluating(model):
-                values = model(batch.to(target)).log_probs_K.double().cpu().numpy()
+            values = _log_probs(model, batch, target)
+            if values is None:
+                release_memory(model.device)
+                if len(places) == 1:
+                    raise OutOfMemoryError(dataset, chosen[places], model.device)
+                tokens_per_microbatch = max(1, int(lengths[places].sum()) // 2)
+                left = np.array([place for group in (places, *packs[::-1]) for place in group])
+                packs = [left[group].tolist() for group in _packs(lengths[left], 0, len(left), tokens_per_microbatch)]
+                packs.reverse()
+                if note_halved is not None:
+                    note_halved(tokens_per_microbatch)
+                continue
             ends = np.cumsum(np.bincount(batch.target_example.cpu().numpy(), minlength=len(places)))
             for place, own in zip(places, np.split(values, ends[:-1]), strict=True):
                 log_probs[place] = _checked(own, dataset, int(chosen[place]))
@@ -113,12 +130,18 @@ def sum_log_likelihood(
     tokens_per_microbatch: int,
     device: torch.device | str | None = None,
     indices: Sequence[int] | None = None,
+    note_halved: Callable[[int], None] | None = None,
 ) -> LikelihoodSums:
     """The sums of an evaluation, in float64; arguments and errors as in `iterate_log_probs`."""
     weighted_nll = weight_sum = example_nll = example_weight_sum = log_prob = 0.0
     num_examples = num_target_tokens = 0
     for index, log_probs in iterate_log_probs(
-        model, dataset, tokens_per_microbatch=tokens_per_microbatch, device=device, indices=indices
+        model,
+        dataset,
+        tokens_per_microbatch=tokens_per_microbatch,
+        device=device,
+        indices=indices,
+        note_halved=note_halved,
     ):
         example = dataset[index]
         token_weights = example.target_weights[example.target_weights > 0].astype(np.float64)
@@ -139,6 +162,20 @@ def sum_log_likelihood(
         num_examples=num_examples,
         num_target_tokens=num_target_tokens,
     )
+
+
+def _log_probs(
+    model: LikelihoodModel, batch: PackedBatch, device: torch.device | str
+) -> npt.NDArray[np.float64] | None:
+    """Of the gold of a pack; None where memory did not suffice."""
+    try:
+        with _evaluating(model):
+            values: npt.NDArray[np.float64] = model(batch.to(device)).log_probs_K.double().cpu().numpy()
+        return values
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
 
 
 def _window_end(lengths: npt.NDArray[np.int64], start: int, tokens_per_microbatch: int) -> int:

@@ -158,8 +158,16 @@ def _moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 def _optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     tensors = {"rng.cpu": torch.get_rng_state()}
     for name, state in _moments(model, optimizer).items():
-        tensors |= {f"{key}.{name}": value.contiguous() for key, value in state.items()}
+        for kind, value in state.items():
+            tensors |= {f"{part}.{name}": tensor.contiguous() for part, tensor in _plain_tensors(kind, value).items()}
     return tensors
+
+
+def _plain_tensors(kind: str, value: Any) -> dict[str, torch.Tensor]:
+    """`{kind: value}`, or the inner tensors of a quantised one as `kind:codes`, `kind:scale`, ...: these it is made of, exactly."""
+    if not hasattr(value, "__tensor_flatten__"):
+        return {kind: value}
+    return {f"{kind}:{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
 
 
 def _load_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -170,8 +178,27 @@ def _load_optimizer(path: Path, model: torch.nn.Module, optimizer: torch.optim.O
         for key in set(file.keys()) - {"rng.cpu"}:
             kind, _, name = key.partition(".")
             states.setdefault(name, {})[kind] = file.get_tensor(key)
+    remedy = "use the recipe that made it"
     if states and set(states) != set(parameters):
-        raise CheckpointError(f"{path}: holds the state of other parameters", remedy="use the recipe that made it")
-    for name, state in states.items():
+        raise CheckpointError(f"{path}: holds the state of other parameters", remedy=remedy)
+    for name, stored in states.items():
+        parameter = parameters[name]
         # A fused step keeps its step counter on the device of its parameter.
-        optimizer.state[parameters[name]] = {k: v.to(parameters[name].device) for k, v in state.items()}
+        state = {kind: tensor.to(parameter.device) for kind, tensor in stored.items()}
+        if hasattr(optimizer, "new_state"):
+            state = _filled(optimizer.new_state(parameter), state, f"{path}: {name}", remedy)
+        optimizer.state[parameter] = state
+
+
+def _filled(
+    new: dict[str, torch.Tensor], stored: dict[str, torch.Tensor], place: str, remedy: str
+) -> dict[str, torch.Tensor]:
+    """A fresh state of a kind of optimizer that keeps it in its own precision, with the values of a checkpoint."""
+    targets = {part: tensor for kind, value in new.items() for part, tensor in _plain_tensors(kind, value).items()}
+    if set(targets) != set(stored):
+        raise CheckpointError(f"{place}: its state was kept in another precision", remedy=remedy)
+    for part, target in targets.items():
+        if (target.shape, target.dtype) != (stored[part].shape, stored[part].dtype):
+            raise CheckpointError(f"{place}: {part} is {stored[part].dtype} of another kind", remedy=remedy)
+        target.copy_(stored[part])
+    return new

@@ -1,15 +1,17 @@
-"""The optimizer: parameter groups, construction, and the learning rate as a pure function of the step."""
+"""The optimizer: parameter groups, construction, precision of its state, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-__all__ = ["OptimizerConfig", "build_optimizer", "learning_rate", "warmup_steps"]
+from goldsmith.training.lower_precision import BFloat16AdamW, adamw_8bit
+
+__all__ = ["OptimizerConfig", "build_optimizer", "learning_rate", "set_learning_rate", "warmup_steps"]
 
 
 class OptimizerConfig(BaseModel):
@@ -25,24 +27,54 @@ class OptimizerConfig(BaseModel):
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up, down to zero")
     warmup_ratio: float = Field(0.03, ge=0.0, lt=1.0, description="share of the steps with a rising learning rate")
     max_grad_norm: float | None = Field(1.0, gt=0.0, description="clip the norm of all gradients together; null: never")
+    state_dtype: Literal["float32", "bfloat16", "int8"] = Field(
+        "float32",
+        description="of the two moments: 8, 4 or 2 bytes a parameter; int8 is torchao's. Less than float32 changes the result",
+    )
+    step_in_backward: bool = Field(
+        False,
+        description="update each parameter as its gradient is complete and free that: one micro-batch a step, no clipping",
+    )
+
+    @model_validator(mode="after")
+    def _step_in_backward_is_exact(self) -> Self:
+        if self.step_in_backward and self.max_grad_norm is not None:
+            raise ValueError(
+                "step_in_backward updates a parameter before the norm of all gradients is known, so they cannot be clipped by "
+                "it; set max_grad_norm: null, or leave step_in_backward out"
+            )
+        return self
 
 
 def build_optimizer(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimizerConfig
-) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, weight decay on those with two dimensions or more."""
+) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters, weight decay on those with two dimensions or more.
+
+    Raises:
+        ConfigError: `state_dtype: int8` without torchao.
+    """
     trainable = [parameter for _, parameter in named_parameters if parameter.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
+    groups = [group for group in groups if group["params"]]
+    settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
+    if config.state_dtype == "bfloat16":
+        return BFloat16AdamW(groups, **settings)
+    if config.state_dtype == "int8":
+        return adamw_8bit(groups, **settings)
+    return torch.optim.AdamW(groups, **settings, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """For all parameters."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)  # torchao's own must stay the tensor that it is
+        else:
+            group["lr"] = rate
 
 
 def warmup_steps(config: OptimizerConfig, total_steps: int) -> int:

@@ -30,6 +30,9 @@ class ProgressReporter(Protocol):
     def evaluation(self, record: EvaluationRecord) -> None:
         """The held-out gold was evaluated."""
 
+    def note(self, line: str) -> None:
+        """Something that is no part of the plan was done."""
+
 
 class NoProgress:
     """Says nothing but evaluations, one line each, and these only if asked to."""
@@ -46,6 +49,10 @@ class NoProgress:
     def evaluation(self, record: EvaluationRecord) -> None:
         if self.lines:
             print(_evaluation_line(record), file=sys.stderr, flush=True)
+
+    def note(self, line: str) -> None:
+        if self.lines:
+            print(line, file=sys.stderr, flush=True)
 
 
 class TerminalProgress:
@@ -78,6 +85,9 @@ class TerminalProgress:
 
     def evaluation(self, record: EvaluationRecord) -> None:
         self._progress.console.print(_evaluation_line(record), highlight=False)
+
+    def note(self, line: str) -> None:
+        self._progress.console.print(line, highlight=False)
 
 
 def _evaluation_line(record: EvaluationRecord) -> str:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from goldsmith import distributed
 from goldsmith.data.loader import Dataset
@@ -34,9 +34,12 @@ from goldsmith.objective.normalization import step_denominator
 from goldsmith.records import EvaluationRecord, ExampleRecord, StepRecord, TrainingState
 from goldsmith.storage import JsonLinesWriter, fail_point
 from goldsmith.training.checkpoint import CheckpointConfig, CheckpointStore
+from goldsmith.training.memory import parse_bytes
 from goldsmith.training.metrics import peak_memory_bytes, read_evaluations, total_norm, update_to_weight
-from goldsmith.training.optimizer import OptimizerConfig, build_optimizer, learning_rate
+from goldsmith.training.optimizer import OptimizerConfig, build_optimizer, learning_rate, set_learning_rate
 from goldsmith.training.progress import NoProgress, ProgressReporter
+from goldsmith.training.step_memory import StepMemory
+from goldsmith.training.update_in_backward import UpdateInBackward, require_one_microbatch
 
 __all__ = ["EvaluationConfig", "Trainer", "TrainingConfig", "TrainingResult", "planned_steps"]
 
@@ -57,7 +60,21 @@ class TrainingConfig(BaseModel):
     shared_context: Literal["auto", "off"] = Field(
         "auto", description="carry a context that several rows of a micro-batch begin with once: changes no number"
     )
+    activation_checkpointing: Literal["none", "layers", "auto"] = Field(
+        "auto",
+        description="layers: compute each layer again in the backward pass, for memory; auto: where memory is too small",
+    )
+    memory_limit: int | str | None = Field(
+        None, description="what `auto` may plan with: bytes, or such as 8GB; null: what the machine has free"
+    )
     log_update_ratio_every: int = Field(10, gt=0, description="steps between two measurements of update_to_weight")
+
+    @field_validator("memory_limit")
+    @classmethod
+    def _is_a_size(cls, value: int | str | None) -> int | str | None:
+        if value is not None:
+            parse_bytes(value)
+        return value
 
 
 class EvaluationConfig(BaseModel):
@@ -132,6 +149,21 @@ class Trainer:
         self.progress = progress or NoProgress()
         self.parameters = [p for p in model.causal_lm.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(model.causal_lm.named_parameters(), optimizer)
+        if optimizer.step_in_backward:
+            require_one_microbatch(
+                train, batch_size=config.batch_size, tokens_per_microbatch=config.tokens_per_microbatch
+            )
+        self.memory = StepMemory(
+            model,
+            train,
+            batch_size=config.batch_size,
+            tokens_per_microbatch=config.tokens_per_microbatch,
+            activation_checkpointing=config.activation_checkpointing,
+            memory_limit=config.memory_limit,
+            state_dtype=optimizer.state_dtype,
+            step_in_backward=optimizer.step_in_backward,
+            note=self.progress.note,
+        )
         self.store = CheckpointStore(folder=output_dir / "checkpoints", keep=checkpoint.keep)
         self.state = TrainingState.initial()
         self.shares_contexts = (
@@ -148,8 +180,9 @@ class Trainer:
             self.train_data,
             indices,
             normalization=self.objective.normalization,
-            tokens_per_microbatch=self.config.tokens_per_microbatch,
+            tokens_per_microbatch=self.memory.tokens_per_microbatch,
             shares_contexts=self.shares_contexts,
+            updates_in_backward=self.optimizer_config.step_in_backward,
         )
 
     def train_step(self, step: int) -> tuple[StepRecord, list[ExampleRecord]]:
@@ -160,23 +193,17 @@ class Trainer:
         """
         started = time.perf_counter()
         epoch, indices = self.order.step(step)
-        sums = self.forward_backward(indices)
-        grad_norm = float(total_norm(p.grad for p in self.parameters if p.grad is not None))
-        if not (math.isfinite(sums.loss) and math.isfinite(grad_norm)):
-            raise self._numerical_error(step, indices, sums, grad_norm)
-        max_norm = self.optimizer_config.max_grad_norm
-        if max_norm is not None and grad_norm > max_norm:
-            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], max_norm / grad_norm)
-
         rate = learning_rate(self.optimizer_config, step, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        named = [(name, p) for name, p in self.model.causal_lm.named_parameters() if p.requires_grad]
-        measure = step == 1 or step % self.config.log_update_ratio_every == 0
-        before = {name: p.detach().clone() for name, p in named} if measure else {}
-        self.optimizer.step()
-        ratios = update_to_weight(before, named) if measure else {}
-        self.optimizer.zero_grad(set_to_none=True)
+        set_learning_rate(self.optimizer, rate)
+        measures = step == 1 or step % self.config.log_update_ratio_every == 0
+        if self.optimizer_config.step_in_backward:
+            sums, grad_norm, ratios = self._update_in_backward(step, indices, measures=measures)
+        else:
+            sums = self.memory.fitting(self.forward_backward, indices)
+            grad_norm = float(total_norm(p.grad for p in self.parameters if p.grad is not None))
+            if not (math.isfinite(sums.loss) and math.isfinite(grad_norm)):
+                raise self._numerical_error(step, indices, sums, grad_norm)
+            ratios = self._update(grad_norm, measures=measures)
 
         data = self.train_data
         tokens = int(data.lengths[indices].sum())
@@ -198,6 +225,7 @@ class Trainer:
             seconds=seconds,
             tokens_per_second=tokens / seconds,
             peak_memory_bytes=peak_memory_bytes(self.device),
+            tokens_per_microbatch=self.memory.tokens_per_microbatch,
         )
         examples = [
             ExampleRecord(
@@ -212,17 +240,55 @@ class Trainer:
         ]
         return record, examples
 
+    def _update(self, grad_norm: float, *, measures: bool) -> dict[str, float]:
+        """Clip, update, free the gradients; update over weight by layer group where that is measured."""
+        max_norm = self.optimizer_config.max_grad_norm
+        if max_norm is not None and grad_norm > max_norm:
+            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], max_norm / grad_norm)
+        named = self._named_parameters()
+        before = {name: p.detach().clone() for name, p in named} if measures else {}
+        self.optimizer.step()
+        ratios = update_to_weight(before, named) if measures else {}
+        self.optimizer.zero_grad(set_to_none=True)
+        return ratios
+
+    def _update_in_backward(
+        self, step: int, indices: npt.NDArray[np.int64], *, measures: bool
+    ) -> tuple[StepSums, float, dict[str, float]]:
+        """Gradient and update in one; the step's sums, the norm of its gradient, and update over weight."""
+        with UpdateInBackward(self.optimizer, self._named_parameters(), measures_update=measures) as update:
+            sums = self.memory.fitting(self.forward_backward, indices)
+            if not math.isfinite(sums.loss):
+                raise self._numerical_error(step, indices, sums, math.nan)
+            grad_norm, ratios = update.finish()
+        if not math.isfinite(grad_norm):
+            raise self._numerical_error(step, indices, sums, grad_norm, updated=True)
+        return sums, grad_norm, ratios
+
+    def _named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(name, p) for name, p in self.model.causal_lm.named_parameters() if p.requires_grad]
+
     def _numerical_error(
-        self, step: int, indices: npt.NDArray[np.int64], sums: StepSums, grad_norm: float
+        self,
+        step: int,
+        indices: npt.NDArray[np.int64],
+        sums: StepSums,
+        grad_norm: float,
+        *,
+        updated: bool = False,
     ) -> NumericalError:
         blamed = indices[~np.isfinite(sums.nll_E)]
         what = "these examples" if len(blamed) else "the gradient, and no single example, in a step of"
         named = (blamed if len(blamed) else indices).tolist()
         ids = ", ".join(f"{self.train_data.example_ids[i]} ({self.train_data.sources[i]})" for i in named[:8])
         more = f" and {len(named) - 8} more" if len(named) > 8 else ""
+        state = (
+            "With optimizer.step_in_backward the weights were updated with it; the newest checkpoint is whole"
+            if updated
+            else f"The weights are as they were after step {step - 1}"
+        )
         return NumericalError(
-            f"step {step}: loss {sums.loss}, gradient norm {grad_norm}; not finite because of {what}: {ids}{more}. "
-            f"The weights are as they were after step {step - 1}",
+            f"step {step}: loss {sums.loss}, gradient norm {grad_norm}; not finite because of {what}: {ids}{more}. {state}",
             remedy="look at these rows, lower optimizer.learning_rate, or train in float32",
         )
 
@@ -237,7 +303,11 @@ class Trainer:
         try:
             with autocast(self.device):
                 own = sum_log_likelihood(
-                    self.model, data, tokens_per_microbatch=self.config.tokens_per_microbatch, indices=share
+                    self.model,
+                    data,
+                    tokens_per_microbatch=self.memory.evaluation_tokens,
+                    indices=share,
+                    note_halved=self.memory.evaluate_smaller,
                 )
         except NumericalError as error:
             raise NumericalError(f"evaluation after step {step}: {error.message}", remedy=error.remedy) from error
@@ -286,6 +356,7 @@ class Trainer:
         if not steps:
             return False
         self.state = self.store.load(steps[-1], self.model.causal_lm, self.optimizer)
+        self.memory.restore(self.state)
         if distributed.is_main():
             # A process that died right after a save had no time to do it.
             self.store.prune(best_step=self.state.best_step)
@@ -319,7 +390,7 @@ class Trainer:
             def save() -> None:
                 if metrics is not None and examples_file is not None:
                     self.state = replace(
-                        self.state,
+                        self.memory.remembered(self.state),
                         metrics_offset=metrics.sync(),
                         examples_offset=examples_file.sync(),
                         elapsed_seconds=time.monotonic() - run_started,
@@ -398,7 +469,7 @@ class Trainer:
         times = []
         for step in range(1, steps + 2):
             started = time.perf_counter()
-            self.forward_backward(self.order.step(step)[1])
+            self.memory.fitting(self.forward_backward, self.order.step(step)[1])
             times.append(time.perf_counter() - started)
             self.optimizer.zero_grad(set_to_none=True)
         return max(times[1:])  # the first one warms up

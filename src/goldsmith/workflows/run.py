@@ -34,6 +34,7 @@ from goldsmith.models.proof import prove
 from goldsmith.recipe import Recipe, load_recipe
 from goldsmith.storage import FolderLock, replace_folder, require_space, write_atomic
 from goldsmith.training.checkpoint import checkpoint_bytes
+from goldsmith.training.memory import format_bytes
 from goldsmith.training.progress import progress_reporter
 from goldsmith.training.result import Parity, check_parity, save_model
 from goldsmith.training.trainer import Trainer, TrainingResult, planned_steps
@@ -42,10 +43,11 @@ from goldsmith.workflows.materials import RowList, Rows, causal_lm_of, dataset_o
 __all__ = ["RunResult", "train"]
 
 
-RECIPE, DATA, ENVIRONMENT, RESULT, TOKENIZER = (
+RECIPE, DATA, ENVIRONMENT, MEMORY, RESULT, TOKENIZER = (
     "recipe.yaml",
     "data.json",
     "environment.json",
+    "memory.json",
     "result.json",
     "tokenizer",
 )
@@ -57,11 +59,14 @@ UNCLAIMED = {".lock", f".{RECIPE}.tmp", f".{TOKENIZER}.tmp"}
 CALIBRATION_MARGIN = 1.35
 
 # Resolved once, written to the run's recipe.yaml, and read from there afterwards.
-AUTOMATIC_KEYS = ("model.device", "data.max_length", "training.max_steps")
+AUTOMATIC_KEYS = ("model.device", "data.max_length", "training.max_steps", "training.activation_checkpointing")
 # What a resumed run may change: it is only shown, kept or cut.
 CHANGEABLE_KEYS = (
     "training.tokens_per_microbatch",
     "training.shared_context",
+    "training.activation_checkpointing",
+    "training.memory_limit",
+    "optimizer.step_in_backward",
     "checkpoint.every_steps",
     "checkpoint.keep",
     "output_dir",
@@ -161,7 +166,7 @@ def _run(
     resolved = recipe if stored is None else _with_resolved(recipe, stored)
     say = _Say(quiet=quiet or not distributed.is_main())
     if stored is not None:
-        _compare_machine(recipe, stored, device, say)
+        _compare_machine(resolved, stored, device, say)
 
     if not resolved.data.train and train_rows is None:
         raise ConfigError("data.train: missing, and no rows were given", remedy="name the files to train on")
@@ -220,12 +225,15 @@ def _run(
             "model.device": str(device),
             "data.max_length": max_length,
             "training.max_steps": trainer.total_steps,
+            "training.activation_checkpointing": trainer.memory.activation_checkpointing,
         }
         resolved = _with_values(resolved, automatic)
+    _say_memory(trainer, say)
     data_report = _data_report(train_data, eval_data)
     if distributed.is_main():
         _require_space(trainer, folder)
         _claim(folder, resolved, tokenizer, data_report, stored=stored is not None, say=say)
+        write_atomic(folder / MEMORY, json.dumps(trainer.memory.budget().to_json(), indent=1) + "\n")
     distributed.barrier()
 
     result = trainer.train()
@@ -311,7 +319,7 @@ def _compare_machine(recipe: Recipe, stored: Recipe, device: torch.device, say: 
             f"model.device: the run began on {stored.model.device}, but this is {device}",
             remedy="go on with it on such a machine, or begin anew in another output_dir",
         )
-    for key in ("tokens_per_microbatch", "shared_context"):
+    for key in ("tokens_per_microbatch", "shared_context", "activation_checkpointing"):
         before, now = getattr(stored.training, key), getattr(recipe.training, key)
         if before != now:
             say(f"training.{key}: {before} before, {now} now; the result will be equal to rounding, not to the bit")
@@ -329,6 +337,8 @@ def _with_resolved(recipe: Recipe, stored: Recipe) -> Recipe:
     choices = {}
     for key in AUTOMATIC_KEYS:
         section, name = key.split(".")
+        if key in CHANGEABLE_KEYS and getattr(getattr(recipe, section), name) not in (None, "auto"):
+            continue  # decided by the user, perhaps otherwise than before
         choices[key] = getattr(getattr(stored, section), name)
     return _with_values(recipe, choices)
 
@@ -507,6 +517,13 @@ def _require_space(trainer: Trainer, folder: Path) -> None:
     weights = sum(p.numel() for p in model.parameters()) * stored_dtype(model).itemsize
     needed = max(at_once, 1) * checkpoint_bytes(model) + 2 * weights
     require_space(folder, needed, f"{at_once} checkpoints and the result")
+
+
+def _say_memory(trainer: Trainer, say: _Say) -> None:
+    how = f"activation checkpointing: {trainer.memory.activation_checkpointing}"
+    if trainer.config.activation_checkpointing == "auto" and trainer.memory.activation_checkpointing == "layers":
+        how += f", because without it a step may take {format_bytes(trainer.memory.budget('none').total)}"
+    say(f"memory of a step, at most {trainer.memory.budget()}; {how}")
 
 
 def _say_unknown(say: _Say, data: Dataset, name: str) -> None:
