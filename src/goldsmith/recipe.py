@@ -578,7 +578,9 @@ def _absolute_paths(recipe: Recipe, folder_of: Callable[[KeyPath], Path]) -> Rec
 
     def sources(values: Sequence[SourceConfig], split: str) -> list[SourceConfig]:
         return [
-            source.model_copy(update={"path": file(source.path, ("data", split, index, "path"))})
+            source
+            if source.is_hub
+            else source.model_copy(update={"path": file(source.path, ("data", split, index, "path"))})
             for index, source in enumerate(values)
         ]
 

@@ -41,6 +41,7 @@ class StepRecord(_Record):
         tokens: of the step's rows.
         shared_tokens: of these, how many were not computed because another row's context gave them.
         nll: weighted nll of the step's gold divided by its weight, in nats a token, whatever the normalisation.
+        nll_by_source: the same of the gold of each source in the step, by its name; empty where the data has one source.
         loss: what was differentiated (normalisation and label smoothing included).
         grad_norm: of all gradients together, before clipping.
         update_to_weight: per layer group, norm of the update / norm of the weights.
@@ -62,6 +63,7 @@ class StepRecord(_Record):
     seconds: float
     tokens_per_second: float
     peak_memory_bytes: int
+    nll_by_source: dict[str, float] = field(default_factory=dict)
     kind: str = "step"
 
 
@@ -72,6 +74,7 @@ class EvaluationRecord(_Record):
     Attributes:
         step: updates before it; 0 is the model as it came.
         nll: weighted nll of the set divided by its weight sum, one division, in nats a token.
+        nll_by_source: the same of each source's rows, by its name; empty where there is one source.
         is_best: the lowest nll so far.
     """
 
@@ -84,6 +87,7 @@ class EvaluationRecord(_Record):
     is_best: bool
     seconds: float
     tokens_per_second: float
+    nll_by_source: dict[str, float] = field(default_factory=dict)
     kind: str = "evaluation"
 
 
@@ -93,6 +97,7 @@ class ExampleRecord(_Record):
 
     Attributes:
         nll: unweighted sum over its gold tokens (weight > 0), nats.
+        source_name: of its source.
     """
 
     step: int
@@ -101,11 +106,21 @@ class ExampleRecord(_Record):
     source: str
     nll: float
     gold_tokens: int
+    source_name: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileReport(_Record):
-    """What became of the rows of one file: `rows_in == used + sum(rejected.values()) + over_limit`."""
+    """What became of the rows of one file: `rows_in == used + sum(rejected.values()) + over_limit`.
+
+    Attributes:
+        path: as the recipe wrote it.
+        name: of its source.
+        sha256: of a file; None where there is none.
+        format: of its rows; empty where none could be read.
+        format_detected: whether it was found in the first rows, and not said.
+        revision: of a hub data set, where it is known.
+    """
 
     path: str
     name: str
@@ -118,6 +133,9 @@ class FileReport(_Record):
     tokens: int
     gold_tokens: int
     straddles: int
+    format: str = ""
+    format_detected: bool = False
+    revision: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

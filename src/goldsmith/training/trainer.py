@@ -38,7 +38,7 @@ from goldsmith.training.metrics import peak_memory_bytes, read_evaluations, tota
 from goldsmith.training.optimizer import OptimizerConfig, build_optimizer, learning_rate
 from goldsmith.training.progress import NoProgress, ProgressReporter
 
-__all__ = ["EvaluationConfig", "Trainer", "TrainingConfig", "TrainingResult", "planned_steps"]
+__all__ = ["EvaluationConfig", "Trainer", "TrainingConfig", "TrainingResult", "nll_by_source", "planned_steps"]
 
 
 class TrainingConfig(BaseModel):
@@ -191,6 +191,7 @@ class Trainer:
             microbatches=sums.microbatches,
             shared_tokens=tokens - sums.computed_tokens,
             nll=sums.weighted_nll / step_denominator(data.example_weights[indices], data.weight_sums[indices], "token"),
+            nll_by_source=nll_by_source(data, indices, sums.weighted_nll_E),
             loss=sums.loss,
             learning_rate=rate,
             grad_norm=grad_norm,
@@ -205,6 +206,7 @@ class Trainer:
                 epoch=epoch,
                 example_id=data.example_ids[index],
                 source=data.sources[index],
+                source_name=data.source_names[data.source_indices[index]],
                 nll=float(nll),
                 gold_tokens=int(count),
             )
@@ -241,12 +243,13 @@ class Trainer:
                 )
         except NumericalError as error:
             raise NumericalError(f"evaluation after step {step}: {error.message}", remedy=error.remedy) from error
-        sums = torch.tensor(
-            [own.weighted_nll, own.weight_sum, own.example_nll, own.example_weight_sum], dtype=torch.float64
-        )
-        weighted_nll, weight_sum, example_nll, example_weight_sum = distributed.sum_tensor(
+        whole = (own.weighted_nll, own.weight_sum, own.example_nll, own.example_weight_sum)
+        sums = torch.tensor([*whole, *own.weighted_nll_by_source, *own.weight_sum_by_source], dtype=torch.float64)
+        weighted_nll, weight_sum, example_nll, example_weight_sum, *by_source = distributed.sum_tensor(
             sums.to(self.device)
         ).tolist()
+        names = data.source_names if len(data.source_names) > 1 else []
+        source_sums = zip(names, by_source, by_source[len(data.source_names) :], strict=False)
         nll = weighted_nll / weight_sum
         seconds = time.perf_counter() - started
         return EvaluationRecord(
@@ -256,6 +259,7 @@ class Trainer:
             gold_tokens=int(data.num_target_tokens.sum()),
             nll=nll,
             nll_per_example=example_nll / example_weight_sum,
+            nll_by_source={name: own_nll / own_weight for name, own_nll, own_weight in source_sums},
             is_best=self.state.best_nll is None or nll < self.state.best_nll,
             seconds=seconds,
             tokens_per_second=int(data.lengths.sum()) / seconds,
@@ -402,6 +406,24 @@ class Trainer:
             times.append(time.perf_counter() - started)
             self.optimizer.zero_grad(set_to_none=True)
         return max(times[1:])  # the first one warms up
+
+
+def nll_by_source(
+    data: Dataset, indices: npt.NDArray[np.int64], weighted_nll_E: npt.NDArray[np.float64]
+) -> dict[str, float]:
+    """Nats a token of each source's gold among the examples `indices`; empty where the data has one source.
+
+    Args:
+        weighted_nll_E: nll(i) of each of `indices`, without the example weights.
+    """
+    if len(data.source_names) < 2:
+        return {}
+    sources, weights = data.source_indices[indices], data.example_weights[indices]
+    nlls, weight_sums = weights * weighted_nll_E, weights * data.weight_sums[indices]
+    return {
+        data.source_names[source]: float(nlls[sources == source].sum() / weight_sums[sources == source].sum())
+        for source in np.unique(sources).tolist()
+    }
 
 
 def step_order(data: Dataset, config: TrainingConfig) -> StepOrder:

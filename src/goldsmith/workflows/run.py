@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,8 +21,10 @@ from transformers import PreTrainedTokenizerBase
 
 import goldsmith
 from goldsmith import distributed
+from goldsmith.data.hub import hub_revision
 from goldsmith.data.loader import Dataset
 from goldsmith.data.rendering import Renderer
+from goldsmith.data.rows import SourceConfig
 from goldsmith.data.tokenizer import load_tokenizer
 from goldsmith.errors import ConfigError, MachineError
 from goldsmith.models.likelihood import LikelihoodModel
@@ -58,6 +61,7 @@ CALIBRATION_MARGIN = 1.35
 
 # Resolved once, written to the run's recipe.yaml, and read from there afterwards.
 AUTOMATIC_KEYS = ("model.device", "data.max_length", "training.max_steps")
+REVISION_KEY = re.compile(r"data\.(train|eval)\.\d+\.revision")
 # What a resumed run may change: it is only shown, kept or cut.
 CHANGEABLE_KEYS = (
     "training.tokens_per_microbatch",
@@ -172,6 +176,7 @@ def _run(
                     f"evaluation.{key} is {value}, but there is no data.eval to evaluate on",
                     remedy="name held-out files in data.eval, or take the key out",
                 )
+    resolved = _with_revisions(resolved, stored)
     # The model's folder first: a model that is not there should be named as such, and not by its tokenizer.
     own_limit = own_limit_of(resolved)
     tokenizer = _shared_tokenizer(resolved, folder, train_rows)
@@ -180,11 +185,13 @@ def _run(
     train_data = dataset_of(resolved, renderer, "train", train_rows)
     say(f"training data: {train_data.report.used:,} of {train_data.report.rows_in:,} rows, "
         f"{train_data.report.gold_tokens:,} gold of {train_data.report.tokens:,} tokens")  # fmt: skip
+    _say_formats(say, train_data)
     _say_unknown(say, train_data, "training data")
     eval_data = None
     if resolved.data.eval or eval_rows is not None:
         eval_data = dataset_of(resolved, renderer, "eval", eval_rows)
         say(f"held-out data: {eval_data.report.used:,} of {eval_data.report.rows_in:,} rows")
+        _say_formats(say, eval_data)
         _say_unknown(say, eval_data, "held-out data")
 
     causal_lm = causal_lm_of(resolved, tokenizer, device)
@@ -321,7 +328,7 @@ def _is_resolved_as(key: str, ours: Any, theirs: Any, recipe: Recipe) -> bool:
     """Whether a run may have made `theirs` out of `ours`."""
     if key == "training.max_steps" and recipe.training.max_seconds is not None and ours is not None:
         return bool(theirs < ours)  # time was short
-    return key in AUTOMATIC_KEYS and ours in (None, "auto")
+    return (key in AUTOMATIC_KEYS or REVISION_KEY.fullmatch(key) is not None) and ours in (None, "auto")
 
 
 def _with_resolved(recipe: Recipe, stored: Recipe) -> Recipe:
@@ -331,6 +338,21 @@ def _with_resolved(recipe: Recipe, stored: Recipe) -> Recipe:
         section, name = key.split(".")
         choices[key] = getattr(getattr(stored, section), name)
     return _with_values(recipe, choices)
+
+
+def _with_revisions(recipe: Recipe, stored: Recipe | None) -> Recipe:
+    """The same recipe, each hub data set held to one commit: the one of the run, or for a new one the newest."""
+    splits = {}
+    for split in ("train", "eval"):
+        before = getattr(stored.data, split) if stored is not None else []
+        sources: list[SourceConfig] = []
+        for index, source in enumerate(getattr(recipe.data, split)):
+            if source.is_hub:
+                revision = before[index].revision if before else hub_revision(source)
+                source = source.model_copy(update={"revision": revision})
+            sources.append(source)
+        splits[split] = sources
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=splits)})
 
 
 def _with_values(recipe: Recipe, values: Mapping[str, object]) -> Recipe:
@@ -507,6 +529,16 @@ def _require_space(trainer: Trainer, folder: Path) -> None:
     weights = sum(p.numel() for p in model.parameters()) * stored_dtype(model).itemsize
     needed = max(at_once, 1) * checkpoint_bytes(model) + 2 * weights
     require_space(folder, needed, f"{at_once} checkpoints and the result")
+
+
+def _say_formats(say: _Say, data: Dataset) -> None:
+    """The format of each source, and how it is known."""
+    said = set()
+    for file in data.report.files:
+        if file.format and (file.name, file.format) not in said:
+            said.add((file.name, file.format))
+            how = f"found in the first rows of {file.path}" if file.format_detected else "as the recipe says"
+            say(f"  {file.name}: format {file.format}, {how}")
 
 
 def _say_unknown(say: _Say, data: Dataset, name: str) -> None:
