@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -12,8 +11,6 @@ from goldsmith.errors import ConfigError, DataError
 
 __all__ = ["hub_revision", "hub_rows", "shown_hub_source"]
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-
 
 def shown_hub_source(source: SourceConfig) -> str:
     """The source as messages show it: `hf:openai/gsm8k/main/train`."""
@@ -21,23 +18,23 @@ def shown_hub_source(source: SourceConfig) -> str:
 
 
 def hub_revision(source: SourceConfig) -> str | None:
-    """The commit that the source's `revision` (or its newest) is now.
+    """The source's own `revision`; where it names none, the commit that is the newest now.
 
     None for a folder on this machine, and where the hub cannot be reached: then only what was fetched before can be read.
 
     Raises:
         ConfigError: the extra is not installed.
-        DataError: the hub knows no such data set, or no such revision of it.
+        DataError: the hub knows no such data set.
     """
     name = source.path.removeprefix(HUB_PREFIX)
-    if Path(name).is_dir() or (source.revision is not None and _COMMIT.fullmatch(source.revision)):
+    if source.revision is not None or Path(name).is_dir():
         return source.revision
     _import_datasets(source)
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return HfApi().dataset_info(name, revision=source.revision).sha
+        return HfApi().dataset_info(name).sha
     except (HfHubHTTPError, HFValidationError) as error:
         raise _unreadable(source, error) from error
     except Exception:  # no network; whose error that is differs between versions of huggingface_hub

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -482,6 +484,29 @@ def test_no_format_is_an_error_that_names_the_fields() -> None:
         detect_format([row({"completion": "q"})], columns=None, source="f.jsonl")
     with pytest.raises(DataError, match="the fields none"):
         detect_format([row({})], columns=None, source="f.jsonl")
+
+
+# --- the page of the documentation
+
+
+def test_the_rows_of_the_page_are_what_it_says(repository: Path) -> None:
+    found: dict[str, list[Conversation | TokenizedExample]] = {}
+    for section in (repository / "docs" / "formats.md").read_text(encoding="utf-8").split("\n## ")[1:]:
+        form = section.splitlines()[0].strip("`")
+        for block in re.findall(r"```jsonl\n(.*?)```", section, re.DOTALL):
+            for line in block.splitlines():
+                values = json.loads(line)
+                assert detect_format([row(values)], columns=None, source="f.jsonl") == form, line
+                converted = convert(values)
+                assert not isinstance(converted, Rejection), (line, converted)
+                found.setdefault(form, []).append(converted)
+    assert {form: len(items) for form, items in found.items()} == {
+        "prompt_completion": 5, "chat": 4, "sharegpt": 2, "alpaca": 2, "text": 1, "tokens": 2,
+    }  # fmt: skip
+    one, two = found["tokens"]
+    assert isinstance(one, TokenizedExample)
+    assert isinstance(two, TokenizedExample)
+    assert (one.target_weights > 0).tolist() == (two.target_weights > 0).tolist()
 
 
 # --- anything at all

@@ -20,7 +20,6 @@ from goldsmith.types import Conversation, Message, TokenizedExample
 
 __all__ = ["RowConverter"]
 
-_ABSENT: Final = object()
 # Between the parts of an Alpaca row that make its prompt.
 _ALPACA_SEPARATOR: Final = "\n\n"
 
@@ -154,7 +153,7 @@ class RowConverter:
         )
 
     def _example(self, row: Row) -> TokenizedExample:
-        self._needed(row.values, "token_ids")
+        self._needed(row.values, "token_ids")  # that it is there
         ids, weights = read_tokens(
             row.values,
             ids_name=self._present(row.values, "token_ids"),
@@ -185,9 +184,9 @@ class RowConverter:
         return values.get(self._name(field))
 
     def _needed(self, values: Mapping[str, object], field: str) -> object:
-        value = values.get(self._present(values, field), _ABSENT)
-        if value is not _ABSENT:
-            return value
+        for name in self._names[field]:
+            if name in values:
+                return values[name]
         seen = ", ".join(shorten(name, 30) for name in list(values)[:12]) or "none"
         seen += ", ..." if len(values) > 12 else ""
         remedy = f"`columns: {{{field}: ...}}` names another column, `format: ...` another format"
