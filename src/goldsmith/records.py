@@ -182,6 +182,7 @@ class TrainingState(_Record):
         stopped_early: early stopping ended the run here.
         metrics_offset, examples_offset: bytes of the two files at this point.
         elapsed_seconds: time spent in all runs so far.
+        stream: the position within streamed data; None where the data is held.
     """
 
     step: int
@@ -192,6 +193,7 @@ class TrainingState(_Record):
     metrics_offset: int
     examples_offset: int
     elapsed_seconds: float
+    stream: dict[str, Any] | None = None
 
     @classmethod
     def initial(cls) -> TrainingState:

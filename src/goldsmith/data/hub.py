@@ -71,7 +71,11 @@ def hub_rows(source: SourceConfig, *, columns: Columns | None = None, ordinal: i
 def _open(source: SourceConfig) -> Iterator[Mapping[str, object]]:
     datasets = _import_datasets(source)
     opened = datasets.load_dataset(
-        source.path.removeprefix(HUB_PREFIX), name=source.subset, split=source.split, revision=source.revision
+        source.path.removeprefix(HUB_PREFIX),
+        name=source.subset,
+        split=source.split,
+        revision=source.revision,
+        streaming=source.streaming,
     )
     return cast("Iterator[Mapping[str, object]]", iter(opened))
 

@@ -148,10 +148,24 @@ class SourceConfig(BaseModel):
     repeat: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="how often an epoch holds each row")
     limit: int | None = Field(default=None, ge=1, description="take the first n rows that can be used")
 
+    streaming: bool = Field(
+        default=False,
+        description="read it while training, again and again, in place of holding it; see docs/formats.md",
+    )
+    window: int | None = Field(
+        default=None, ge=1, description="rows that a streamed source is shuffled within; null: 10,000"
+    )
+
     @field_validator("columns")
     @classmethod
     def _check_columns(cls, columns: Columns | None) -> Columns | None:
         return _checked_columns(columns)
+
+    @model_validator(mode="after")
+    def _check_streaming(self) -> Self:
+        if self.window is not None and not self.streaming:
+            raise ValueError(f"window ({self.window}) is for a streamed source; set `streaming: true`, or remove it")
+        return self
 
     @model_validator(mode="after")
     def _check_hub(self) -> Self:
@@ -206,6 +220,24 @@ class DataConfig(BaseModel):
     @classmethod
     def _check_columns(cls, columns: Columns | None) -> Columns | None:
         return _checked_columns(columns)
+
+    @model_validator(mode="after")
+    def _check_streaming(self) -> Self:
+        streamed = [source for source in self.train if source.streaming and source.limit is None]
+        if streamed and len(streamed) < len(self.train):
+            held = next(source for source in self.train if source not in streamed)
+            raise ValueError(
+                f"train mixes streamed sources ({streamed[0].path}) with others ({held.path}); stream all of them, or none"
+            )
+        for source in self.eval:
+            if source.streaming and source.limit is None:
+                raise ValueError(f"eval: the streamed source {source.path} needs `limit`: its first rows are held")
+        return self
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether training draws its rows from a stream. (A streamed source with a `limit` is read up to it, and held.)"""
+        return any(source.streaming and source.limit is None for source in self.train)
 
 
 def shorten(value: object, length: int = 60) -> str:

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from goldsmith import distributed
 from goldsmith.data.loader import Dataset
 from goldsmith.data.order import StepOrder
+from goldsmith.data.stream import ExampleStream
 from goldsmith.errors import NumericalError, StoppedBySignal
 from goldsmith.models.evaluate import sum_log_likelihood
 from goldsmith.models.likelihood import LikelihoodModel
@@ -98,6 +99,8 @@ class Trainer:
         evaluation: held-out gold, or None.
         total_steps: updates in all, resolved; see `planned_steps`.
         output_dir: the run folder.
+        stream: where the training data has no end: what the steps are drawn from; `train` is then its first step, which stands
+            for those that are not read yet.
         can_share_contexts: whether the proof found that this model may carry a shared context once.
         progress: told of each step and evaluation; the main process only.
     """
@@ -115,12 +118,15 @@ class Trainer:
         checkpoint: CheckpointConfig,
         total_steps: int,
         output_dir: Path,
+        stream: ExampleStream | None = None,
         can_share_contexts: bool = True,
         progress: ProgressReporter | None = None,
     ) -> None:
         self.model = model
         self.device = model.device
+        # Of a stream it is replaced by the examples of each step.
         self.train_data = train
+        self.stream = stream
         self.evaluation_data = evaluation
         self.config = config
         self.objective = objective
@@ -135,11 +141,20 @@ class Trainer:
         self.store = CheckpointStore(folder=output_dir / "checkpoints", keep=checkpoint.keep)
         self.state = TrainingState.initial()
         self.shares_contexts = (
-            can_share_contexts and config.shared_context == "auto" and model.shares_contexts(int(train.lengths.max()))
+            can_share_contexts
+            and config.shared_context == "auto"
+            and model.shares_contexts(int(train.lengths.max()) if stream is None else stream.longest)
         )
         self.order = step_order(train, config)
 
     # One step
+
+    def examples_of(self, step: int) -> tuple[int, npt.NDArray[np.int64]]:
+        """Epoch of a step, and its examples within `train_data`. A stream has no epochs, and its steps are drawn in order."""
+        if self.stream is None:
+            return self.order.step(step)
+        self.train_data = self.stream.step(step)
+        return 0, np.arange(len(self.train_data))
 
     def forward_backward(self, indices: npt.NDArray[np.int64]) -> StepSums:
         """Add the gradient of the step's loss to the parameters and return its sums over all ranks."""
@@ -159,7 +174,7 @@ class Trainer:
             NumericalError: the loss or the gradient is not finite; nothing was updated.
         """
         started = time.perf_counter()
-        epoch, indices = self.order.step(step)
+        epoch, indices = self.examples_of(step)
         sums = self.forward_backward(indices)
         grad_norm = float(total_norm(p.grad for p in self.parameters if p.grad is not None))
         if not (math.isfinite(sums.loss) and math.isfinite(grad_norm)):
@@ -254,7 +269,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         return EvaluationRecord(
             step=step,
-            epoch=0 if step == 0 else self.order.step(step)[0],
+            epoch=0 if step == 0 or self.stream is not None else self.order.step(step)[0],
             examples=len(data),
             gold_tokens=int(data.num_target_tokens.sum()),
             nll=nll,
@@ -310,6 +325,8 @@ class Trainer:
             torch.manual_seed(self.config.seed)
             self.model.train()
             self.resume()
+            if self.stream is not None:
+                self.stream.seek(self.state.stream)
             run_started = time.monotonic() - self.state.elapsed_seconds
             metrics, examples_file = self._writers(stack)
 
@@ -327,6 +344,7 @@ class Trainer:
                         metrics_offset=metrics.sync(),
                         examples_offset=examples_file.sync(),
                         elapsed_seconds=time.monotonic() - run_started,
+                        stream=None if self.stream is None else self.stream.state(),
                     )
                     self.store.save(self.model.causal_lm, self.optimizer, self.state)
                 distributed.barrier()
@@ -402,9 +420,11 @@ class Trainer:
         times = []
         for step in range(1, steps + 2):
             started = time.perf_counter()
-            self.forward_backward(self.order.step(step)[1])
+            self.forward_backward(self.examples_of(step)[1])
             times.append(time.perf_counter() - started)
             self.optimizer.zero_grad(set_to_none=True)
+        if self.stream is not None:
+            self.stream.seek(None)
         return max(times[1:])  # the first one warms up
 
 

@@ -25,6 +25,7 @@ from goldsmith.data.hub import hub_revision
 from goldsmith.data.loader import Dataset
 from goldsmith.data.rendering import Renderer
 from goldsmith.data.rows import SourceConfig
+from goldsmith.data.stream import ExampleStream
 from goldsmith.data.tokenizer import load_tokenizer
 from goldsmith.errors import ConfigError, MachineError
 from goldsmith.models.likelihood import LikelihoodModel
@@ -35,12 +36,13 @@ from goldsmith.models.load import (
 )
 from goldsmith.models.proof import prove
 from goldsmith.recipe import Recipe, load_recipe
+from goldsmith.records import DataReport
 from goldsmith.storage import FolderLock, replace_folder, require_space, write_atomic
 from goldsmith.training.checkpoint import checkpoint_bytes
 from goldsmith.training.progress import progress_reporter
 from goldsmith.training.result import Parity, check_parity, save_model
 from goldsmith.training.trainer import Trainer, TrainingResult, planned_steps
-from goldsmith.workflows.materials import RowList, Rows, causal_lm_of, dataset_of, own_limit_of, tokenizer_of
+from goldsmith.workflows.materials import RowList, Rows, causal_lm_of, dataset_of, own_limit_of, stream_of, tokenizer_of
 
 __all__ = ["RunResult", "train"]
 
@@ -182,10 +184,15 @@ def _run(
     tokenizer = _shared_tokenizer(resolved, folder, train_rows)
     max_length = resolved.data.max_length or own_limit
     renderer = Renderer(tokenizer, resolved.rendering, max_length)
-    train_data = dataset_of(resolved, renderer, "train", train_rows)
-    say(f"training data: {train_data.report.used:,} of {train_data.report.rows_in:,} rows, "
-        f"{train_data.report.gold_tokens:,} gold of {train_data.report.tokens:,} tokens")  # fmt: skip
-    _say_formats(say, train_data)
+    stream = stream_of(resolved, renderer) if resolved.data.is_streamed and train_rows is None else None
+    if stream is None:
+        train_data = dataset_of(resolved, renderer, "train", train_rows)
+        say(f"training data: {train_data.report.used:,} of {train_data.report.rows_in:,} rows, "
+            f"{train_data.report.gold_tokens:,} gold of {train_data.report.tokens:,} tokens")  # fmt: skip
+    else:
+        train_data = stream.first()
+        say("training data: streamed, its rows are checked as they come")
+    _say_formats(say, train_data if stream is None else stream)
     _say_unknown(say, train_data, "training data")
     eval_data = None
     if resolved.data.eval or eval_rows is not None:
@@ -218,6 +225,7 @@ def _run(
         checkpoint=resolved.checkpoint,
         total_steps=resolved.training.max_steps or planned_steps(train_data, resolved.training),
         output_dir=folder,
+        stream=stream,
         can_share_contexts=proof.shares_contexts,
         progress=progress_reporter(quiet=quiet) if distributed.is_main() else None,
     )
@@ -229,20 +237,24 @@ def _run(
             "training.max_steps": trainer.total_steps,
         }
         resolved = _with_values(resolved, automatic)
-    data_report = _data_report(train_data, eval_data)
+    data_report = _data_report(stream or train_data, eval_data)
     if distributed.is_main():
         _require_space(trainer, folder)
         _claim(folder, resolved, tokenizer, data_report, stored=stored is not None, say=say)
     distributed.barrier()
 
     result = trainer.train()
+    train_report = train_data.report
+    if stream is not None:
+        train_report = stream.report()
+        _say_stream(say, train_report)
 
     outcome = RunResult(
         output_dir=folder,
         already_finished=False,
         training=result,
         parity=None,
-        rows={"read": train_data.report.rows_in, "used": train_data.report.used},
+        rows={"read": train_report.rows_in, "used": train_report.used},
     )
     if distributed.is_main():
         model_dir = folder / "model"
@@ -257,6 +269,9 @@ def _run(
         )
         outcome = replace(outcome, parity=check_parity(model_dir, model, eval_data or train_data))
         write_atomic(folder / RESULT, json.dumps(outcome.to_json(), indent=1) + "\n")
+        if stream is not None:  # only now are its rows counted
+            data_report["train"] |= train_report.to_json()
+            write_atomic(folder / DATA, json.dumps(data_report, indent=1) + "\n")
     distributed.barrier()
     return outcome
 
@@ -416,13 +431,17 @@ def _require_same_data(before: dict[str, Any], now: dict[str, Any], folder: Path
     )
 
 
-def _data_report(train_data: Dataset, eval_data: Dataset | None) -> dict[str, Any]:
+def _data_report(train_data: Dataset | ExampleStream, eval_data: Dataset | None) -> dict[str, Any]:
     splits = {"train": train_data, "eval": eval_data}
     return {
-        split: {**data.report.to_json(), "fingerprint": data.fingerprint()}
+        split: {**_report_of(data).to_json(), "fingerprint": data.fingerprint()}
         for split, data in splits.items()
         if data is not None
     }
+
+
+def _report_of(data: Dataset | ExampleStream) -> DataReport:
+    return data.report() if isinstance(data, ExampleStream) else data.report
 
 
 def _environment() -> dict[str, Any]:
@@ -531,10 +550,17 @@ def _require_space(trainer: Trainer, folder: Path) -> None:
     require_space(folder, needed, f"{at_once} checkpoints and the result")
 
 
-def _say_formats(say: _Say, data: Dataset) -> None:
+def _say_stream(say: _Say, report: DataReport) -> None:
+    """What became of the rows of a stream; a row of two passes counts twice."""
+    for file in report.files:
+        rejected = "".join(f", {count:,} rejected ({reason})" for reason, count in file.rejected.items())
+        say(f"  {file.name}: {file.used:,} of {file.rows_in:,} rows that were read{rejected}")
+
+
+def _say_formats(say: _Say, data: Dataset | ExampleStream) -> None:
     """The format of each source, and how it is known."""
     said = set()
-    for file in data.report.files:
+    for file in _report_of(data).files:
         if file.format and (file.name, file.format) not in said:
             said.add((file.name, file.format))
             how = f"found in the first rows of {file.path}" if file.format_detected else "as the recipe says"

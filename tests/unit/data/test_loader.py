@@ -496,7 +496,8 @@ def test_a_revision_is_held_to(hub_folder: Path, monkeypatch: pytest.MonkeyPatch
     [row] = list(hub_rows(source))
     assert isinstance(row, Row)
     assert row.source == "hf:a/b/main/train:1"
-    assert calls == [{"path": "a/b", "name": "main", "split": "train", "revision": "v1"}]
+    asked_for = {"name": "main", "split": "train", "revision": "v1", "streaming": False}
+    assert calls == [{"path": "a/b", **asked_for}]
 
 
 def test_a_hub_that_is_not_reached_gives_no_revision() -> None:

@@ -71,7 +71,8 @@ def detect_format(rows: Sequence[Row], *, columns: Mapping[str, str | int] | Non
     found = " and ".join(f"{form} ({_described(form, names)}; first at {place})" for form, place in places.items())
     raise DataError(
         f"{source}: the first {len(rows)} rows fit two formats: {found}",
-        remedy=f"say which with `format: {next(iter(places))}` on the source; rows of two formats belong into two files",
+        remedy=f"say which with `format: {next(iter(places))}` on the source (or map a field of it with `columns`); rows of "
+        "two formats belong into two files",
     )
 
 
