@@ -90,6 +90,11 @@ class Recipe(BaseModel):
                 "tokenizer.train makes new token ids, which the embeddings of the loaded model.path know nothing of; "
                 "remove tokenizer.train, or use model.init"
             )
+        if self.data.is_streamed:
+            if self.training.max_steps is None:
+                raise ValueError("data.train is streamed and has no end; set training.max_steps")
+            if self.tokenizer.train is not None:
+                raise ValueError("tokenizer.train learns from all rows, but data.train is streamed; set tokenizer.path")
         return self
 
     @classmethod
@@ -578,7 +583,9 @@ def _absolute_paths(recipe: Recipe, folder_of: Callable[[KeyPath], Path]) -> Rec
 
     def sources(values: Sequence[SourceConfig], split: str) -> list[SourceConfig]:
         return [
-            source.model_copy(update={"path": file(source.path, ("data", split, index, "path"))})
+            source
+            if source.is_hub
+            else source.model_copy(update={"path": file(source.path, ("data", split, index, "path"))})
             for index, source in enumerate(values)
         ]
 

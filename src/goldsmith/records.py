@@ -41,6 +41,7 @@ class StepRecord(_Record):
         tokens: of the step's rows.
         shared_tokens: of these, how many were not computed because another row's context gave them.
         nll: weighted nll of the step's gold divided by its weight, in nats a token, whatever the normalisation.
+        nll_by_source: the same of the gold of each source in the step, by its name; empty where the data has one source.
         loss: what was differentiated (normalisation and label smoothing included).
         grad_norm: of all gradients together, before clipping.
         update_to_weight: per layer group, norm of the update / norm of the weights.
@@ -64,6 +65,7 @@ class StepRecord(_Record):
     tokens_per_second: float
     peak_memory_bytes: int
     tokens_per_microbatch: int
+    nll_by_source: dict[str, float] = field(default_factory=dict)
     kind: str = "step"
 
 
@@ -74,6 +76,7 @@ class EvaluationRecord(_Record):
     Attributes:
         step: updates before it; 0 is the model as it came.
         nll: weighted nll of the set divided by its weight sum, one division, in nats a token.
+        nll_by_source: the same of each source's rows, by its name; empty where there is one source.
         is_best: the lowest nll so far.
     """
 
@@ -86,6 +89,7 @@ class EvaluationRecord(_Record):
     is_best: bool
     seconds: float
     tokens_per_second: float
+    nll_by_source: dict[str, float] = field(default_factory=dict)
     kind: str = "evaluation"
 
 
@@ -95,6 +99,7 @@ class ExampleRecord(_Record):
 
     Attributes:
         nll: unweighted sum over its gold tokens (weight > 0), nats.
+        source_name: of its source.
     """
 
     step: int
@@ -103,11 +108,21 @@ class ExampleRecord(_Record):
     source: str
     nll: float
     gold_tokens: int
+    source_name: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileReport(_Record):
-    """What became of the rows of one file: `rows_in == used + sum(rejected.values()) + over_limit`."""
+    """What became of the rows of one file: `rows_in == used + sum(rejected.values()) + over_limit`.
+
+    Attributes:
+        path: as the recipe wrote it.
+        name: of its source.
+        sha256: of a file; None where there is none.
+        format: of its rows; empty where none could be read.
+        format_detected: whether it was found in the first rows, and not said.
+        revision: of a hub data set, where it is known.
+    """
 
     path: str
     name: str
@@ -120,6 +135,9 @@ class FileReport(_Record):
     tokens: int
     gold_tokens: int
     straddles: int
+    format: str = ""
+    format_detected: bool = False
+    revision: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +186,7 @@ class TrainingState(_Record):
         elapsed_seconds: time spent in all runs so far.
         halved_tokens_per_microbatch, halved_from: what is used in place of the recipe's value, and that value, since a step
             ran out of memory; None otherwise.
+        stream: the position within streamed data; None where the data is held.
     """
 
     step: int
@@ -180,6 +199,7 @@ class TrainingState(_Record):
     elapsed_seconds: float
     halved_tokens_per_microbatch: int | None = None
     halved_from: int | None = None
+    stream: dict[str, Any] | None = None
 
     @classmethod
     def initial(cls) -> TrainingState:

@@ -132,6 +132,72 @@ def test_bad_rows_are_counted_where_the_recipe_says_so(house: House) -> None:
     assert report["rejected"] == {"invalid JSON": 1}
 
 
+# --- formats of data: 3
+
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+GOOD_AND_BAD: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
+    "no format": ({"question": "q"}, {}, ["train.jsonl:1 has the fields 'question'", "columns: {prompt"]),
+    "two formats": ({"text": "t", "messages": CHAT}, {}, ["chat ('messages'", "text ('text'", "format: chat"]),
+    "a row of another format": (GOLD[0], {"text": "t"}, ["train.jsonl:2", "fit two formats", "format: "]),
+    "a field that is missing": (GOLD[0], {"prompt": "p", "gold": "c"}, ["train.jsonl:2", "'completion'", "'gold'"]),
+    "a span": ({"text": "t"}, {"text": "abc", "spans": [{"begin": 1, "end": 9, "weight": 1}]}, ["spans[0]", "1 to 9"]),
+    "a message": (
+        {"messages": CHAT},
+        {"messages": [{"role": "bot", "content": "x"}]},
+        ["messages[0]", "'bot'", "assistant"],
+    ),
+    "an image": (
+        {"messages": CHAT},
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": "x.png"}]}, CHAT[1]]},
+        ["train.jsonl:2", "messages[0].content[0]", "'image'", "trains on text"],
+    ),
+    "tool calls": (
+        {"messages": CHAT},
+        {"messages": [CHAT[0], {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]},
+        ["train.jsonl:2", "messages[1].tool_calls[0].arguments", "not JSON"],
+    ),
+    "tools": ({"messages": CHAT}, {"messages": CHAT, "tools": {"name": "f"}}, ["train.jsonl:2", "'tools'", "a list"]),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"conversations": [{"from": "bot", "value": "x"}]},
+        ["train.jsonl:2", "conversations[0]", "'bot'", "observation"],
+    ),
+    "alpaca": (
+        {"instruction": "i", "output": "o"},
+        {"instruction": "i", "output": 5},
+        ["train.jsonl:2", "'output' must be text", "int: 5"],
+    ),
+    "text": ({"text": "t"}, {"text": " "}, ["train.jsonl:2", "empty text", "nothing to learn"]),
+    "an id beyond the vocabulary": (
+        {"token_ids": [0, 5], "labels": [-100, 5]},
+        {"token_ids": [0, 500], "labels": [-100, 500]},
+        ["train.jsonl:2", "token_ids[1] is 500", "99 tokens", "tokenizer"],
+    ),
+    "shifted labels": (
+        {"token_ids": [0, 5], "labels": [-100, 5]},
+        {"input_ids": [0, 5, 6], "labels": [5, 6, -100]},
+        ["train.jsonl:2", "labels[0] is 5", "not shifted", "-100"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GOOD_AND_BAD)
+def test_formats(house: House, case: str) -> None:
+    good, bad, words = GOOD_AND_BAD[case]
+    template = house.folder / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}assistant: ")
+    house.write_rows(json.dumps(good), *([json.dumps(bad)] if bad else []))
+    refused(house.train(f"rendering.chat_template={template}"), 3, *words)
+    assert not (house.folder / "runs" / "it").exists()
+
+
+def test_a_hub_data_set_that_is_not_there(house: House) -> None:
+    pytest.importorskip("datasets")
+    refused(house.train("data.train={path: hf:nobody/nothing, split: train}"), 3, "hf:nobody/nothing/train", "revision")
+    refused(house.train("data.train={path: hf:nobody/nothing}"), 2, "`split: train`")
+    refused(house.run("score", house.model, "hf:nobody/nothing", "--quiet"), 2, "hf:nobody/nothing", "to_json")
+
+
 # --- recipe: 2
 
 

@@ -326,3 +326,131 @@ def test_a_bad_row_in_memory_is_named(settings: dict[str, Any], here: Path) -> N
 def test_recipes_from_python_are_checked_like_files(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="batch_sise"):
         train({**settings, "training": {"batch_sise": 8}})
+
+
+# --- formats and sources
+
+
+def test_sources_of_several_formats_are_mixed_said_and_named(
+    settings: dict[str, Any], here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(here / "story.jsonl", [{"text": f"once {number}"} for number in range(6)])
+    write_rows(here / "ids.jsonl", [{"input_ids": [0, 40 + n, 1], "labels": [-100, 40 + n, 1]} for n in range(6)])
+    settings["data"] |= {
+        "train": ["train.jsonl", {"path": "story.jsonl", "format": "text", "repeat": 1.5}, "ids.jsonl"],
+        "eval": ["eval.jsonl", {"path": "ids.jsonl", "name": "held-out ids"}],
+    }
+    goldsmith.train(Recipe.from_mapping(settings))
+    said = capfd.readouterr().err
+    assert f"train: format prompt_completion, found in the first rows of {here}/train.jsonl" in said
+    assert "story: format text, as the recipe says" in said
+    assert "held-out ids: format tokens, found in the first rows" in said
+    folder = here / "runs" / "it"
+    assert set(evaluations(folder)[0]["nll_by_source"]) == {"eval", "held-out ids"}
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {name for line in steps if line["kind"] == "step" for name in line["nll_by_source"]} == {
+        "train",
+        "story",
+        "ids",
+    }
+    examples = [json.loads(line) for line in (folder / "examples.jsonl").read_text().splitlines()]
+    first_epoch = [line["source_name"] for line in examples if line["epoch"] == 0]
+    assert {name: first_epoch.count(name) for name in set(first_epoch)} == {"train": 24, "story": 9, "ids": 6}
+    report = json.loads((folder / "data.json").read_text())
+    assert [file["format"] for file in report["train"]["files"]] == ["prompt_completion", "text", "tokens"]
+
+
+def test_a_hub_data_set_is_held_to_its_commit(
+    settings: dict[str, Any], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    (here / "gold").mkdir()
+    write_rows(here / "gold" / "train.jsonl", GOLD)
+    own = datasets.load_dataset
+    asked: list[str | None] = []
+
+    def load_dataset(path: str, *, name: str | None, split: str, revision: str | None, streaming: bool) -> Any:
+        asked.append(revision)
+        return own(str(here / "gold"), split=split, cache_dir=str(here / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("goldsmith.workflows.run.hub_revision", lambda source: "a" * 40)
+    settings["data"] = {"train": {"path": "hf:me/gold", "split": "train"}}
+    train(settings)
+    folder = here / "runs" / "it"
+    resolved = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert resolved["data"]["train"][0]["revision"] == "a" * 40
+    assert json.loads((folder / "data.json").read_text())["train"]["files"][0]["revision"] == "a" * 40
+    # The hub moves on; the run does not.
+    monkeypatch.setattr("goldsmith.workflows.run.hub_revision", lambda source: "b" * 40)
+    (folder / "result.json").unlink()
+    assert not train(settings).already_finished
+    assert set(asked) == {"a" * 40}
+    settings["data"]["train"]["revision"] = "v2"
+    (folder / "result.json").unlink()
+    with pytest.raises(MachineError, match=r"data\.train\.0\.revision"):
+        train(settings)
+
+
+# --- streams
+
+
+def test_a_stream_that_was_stopped_goes_on_bit_identically(
+    settings: dict[str, Any], here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from goldsmith import storage
+
+    write_rows(here / "a.jsonl", [*GOLD[:10], {"prompt": "no gold"}, *GOLD[10:]])
+    write_rows(here / "b.jsonl", [{"text": f"once {number}"} for number in range(7)])
+    settings["data"] |= {
+        "train": [
+            {"path": "a.jsonl", "streaming": True, "window": 5},
+            {"path": "b.jsonl", "streaming": True, "window": 3, "repeat": 0.5},
+        ],
+        "on_bad_row": "skip",
+    }
+    settings["training"] = {"max_steps": 9, "batch_size": 7, "max_seconds": 1000.0}
+    settings["checkpoint"] = {"every_steps": 2}
+
+    def run(name: str) -> Path:
+        goldsmith.train(Recipe.from_mapping({**settings, "output_dir": name}))
+        return here / name
+
+    whole = run("whole")
+    said = capfd.readouterr().err
+    assert "training data: streamed" in said
+    assert "a: format prompt_completion, found in the first rows" in said
+    counts = {file["name"]: file for file in json.loads((whole / "data.json").read_text())["train"]["files"]}
+    assert set(counts) == {"a", "b"}
+    assert counts["a"]["rows_in"] == counts["a"]["used"] + counts["a"]["rejected"]["no completion"]
+    assert f"a: {counts['a']['used']} of {counts['a']['rows_in']} rows that were read" in said
+    assert json.loads((whole / "result.json").read_text())["rows"]["used"] == counts["a"]["used"] + counts["b"]["used"]
+
+    for stopped_after in (1, 5, 8):  # evaluations are written too: before step 1
+        monkeypatch.setenv("GOLDSMITH_FAIL_POINT", f"metrics.append:{stopped_after + 1}!enospc")
+        storage._passings.clear()
+        with pytest.raises(MachineError, match="disk is full"):
+            run(f"cut-{stopped_after}")
+        monkeypatch.delenv("GOLDSMITH_FAIL_POINT")
+        cut = run(f"cut-{stopped_after}")
+        assert (cut / "examples.jsonl").read_bytes() == (whole / "examples.jsonl").read_bytes()
+        weights = Path("model", "model.safetensors")
+        assert (cut / weights).read_bytes() == (whole / weights).read_bytes()
+        for mine, theirs in zip(*((folder / "metrics.jsonl").open() for folder in (cut, whole)), strict=True):
+            ours, others = json.loads(mine), json.loads(theirs)
+            for measured in ("seconds", "tokens_per_second", "peak_memory_bytes"):
+                ours.pop(measured, None), others.pop(measured, None)
+            assert ours == others
+        reports = [json.loads((folder / "data.json").read_text())["train"] for folder in (cut, whole)]
+        assert reports[0] == reports[1]
+
+
+def test_what_a_stream_needs(settings: dict[str, Any]) -> None:
+    settings["data"]["train"] = {"path": "train.jsonl", "streaming": True}
+    with pytest.raises(ConfigError, match=r"set training\.max_steps"):
+        train(settings)
+    settings["training"] = {"max_steps": 2}
+    with pytest.raises(ConfigError, match="learns from all rows"):
+        train({**settings, "model": {"init": {"architecture": "llama"}}, "tokenizer": {"train": {"kind": "byte"}}})
+    with pytest.raises(ConfigError, match=r"train\.jsonl is streamed"):
+        goldsmith.verify(Recipe.from_mapping(settings), quiet=True)

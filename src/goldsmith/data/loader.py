@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
@@ -12,28 +15,18 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
-from goldsmith.data.formats import to_conversation
 from goldsmith.data.mixture import copies_in_epoch
 from goldsmith.data.rendering import Renderer
-from goldsmith.data.rows import (
-    Columns,
-    DataConfig,
-    Rejection,
-    Row,
-    SourceConfig,
-    read_file,
-    read_rows,
-    rows_in_memory,
-    shorten,
-    source_files,
-    source_name,
-)
+from goldsmith.data.rows import DataConfig, Rejection, Row, SourceConfig, shorten, source_name
+from goldsmith.data.sources import SourcePart, SourceReader, memory_part
 from goldsmith.errors import ConfigError, DataError
 from goldsmith.records import DataReport, FileReport
-from goldsmith.storage import sha256_file
-from goldsmith.types import Conversation, TokenizedExample
+from goldsmith.types import Conversation, Message, TokenizedExample
 
-__all__ = ["Dataset", "load_dataset", "read_texts"]
+__all__ = ["Dataset", "gold_runs", "load_dataset", "read_texts", "render_rows"]
+
+# What a row is before it is rendered; a source of token ids needs no rendering.
+_Readable = Conversation | TokenizedExample
 
 # Rows rendered at once: enough to keep a tokenizer's threads busy, small enough to be no matter of memory.
 _ROWS_AT_ONCE = 1024
@@ -56,6 +49,8 @@ class Dataset(Sequence[TokenizedExample]):
         repeats: float64 [E], how often an epoch holds the example's row.
         num_bytes: int64 [E], see `TokenizedExample`.
         example_ids, sources: one an example; ids are unique.
+        source_names: of the sources, in the order in which they were read.
+        source_indices: int32 [E], index into `source_names`.
         num_unknown_tokens: tokens that are the tokenizer's unknown token: text that it could not write.
         report: what became of every row.
     """
@@ -66,6 +61,8 @@ class Dataset(Sequence[TokenizedExample]):
         *,
         groups: Sequence[int] | None = None,
         repeats: Sequence[float] | None = None,
+        source_names: Sequence[str] | None = None,
+        known_sources: Sequence[str] = (),
         report: DataReport | None = None,
         unknown_id: int | None = None,
     ) -> None:
@@ -74,15 +71,19 @@ class Dataset(Sequence[TokenizedExample]):
             examples: in order; copied.
             groups: default: every example is a row of its own.
             repeats: default: 1 each.
+            source_names: the name of each example's source; default: one source without a name.
+            known_sources: names that come first in the data set's `source_names`, whether an example has them or not.
             report: default: an empty one.
             unknown_id: the tokenizer's `unk_token_id`, to count.
         """
         builder = _Builder()
+        builder.source_names = {name: index for index, name in enumerate(known_sources)}
         for index, example in enumerate(examples):
             builder.add(
                 example,
                 group=index if groups is None else groups[index],
                 repeat=1.0 if repeats is None else repeats[index],
+                source_name="" if source_names is None else source_names[index],
             )
         self._fill(builder, report or DataReport(), unknown_id)
 
@@ -98,6 +99,8 @@ class Dataset(Sequence[TokenizedExample]):
         self.num_bytes: npt.NDArray[np.int64] = np.array(builder.num_bytes, dtype=np.int64)
         self.example_ids: list[str] = builder.example_ids
         self.sources: list[str] = builder.sources
+        self.source_names: list[str] = list(builder.source_names)
+        self.source_indices: npt.NDArray[np.int32] = np.array(builder.source_indices, dtype=np.int32)
         starts = self.offsets[:-1]
         empty = len(self.example_ids) == 0
         self.weight_sums: npt.NDArray[np.float64] = (
@@ -141,10 +144,8 @@ class Dataset(Sequence[TokenizedExample]):
         The first is what a server is given for that turn, unless a token straddles the boundary (`boundary: joint`).
         """
         example = self[index]
-        gold = np.flatnonzero(example.target_weights > 0)
-        breaks = np.flatnonzero(np.diff(gold) > 1)
-        first = int(gold[breaks[-1] + 1] if breaks.size else gold[0])
-        return example.token_ids[:first], example.token_ids[first : int(gold[-1]) + 1]
+        first, end = gold_runs(example.target_weights)[-1]
+        return example.token_ids[:first], example.token_ids[first:end]
 
     def context_text(self, index: int, tokenizer: PreTrainedTokenizerBase) -> str:
         """What stands before the last run of gold, for display: decoded, control tokens included."""
@@ -184,9 +185,11 @@ class _Builder:
         self.num_bytes: list[int] = []
         self.example_ids: list[str] = []
         self.sources: list[str] = []
+        self.source_names: dict[str, int] = {}
+        self.source_indices: list[int] = []
         self._pending: list[TokenizedExample] = []
 
-    def add(self, example: TokenizedExample, *, group: int, repeat: float) -> None:
+    def add(self, example: TokenizedExample, *, group: int, repeat: float, source_name: str) -> None:
         self._pending.append(example)
         self.lengths.append(example.num_tokens)
         self.example_weights.append(example.example_weight)
@@ -195,6 +198,7 @@ class _Builder:
         self.num_bytes.append(example.num_bytes)
         self.example_ids.append(example.example_id)
         self.sources.append(example.source)
+        self.source_indices.append(self.source_names.setdefault(source_name, len(self.source_names)))
         if len(self._pending) >= _ROWS_AT_ONCE:
             self.flush()
 
@@ -203,6 +207,16 @@ class _Builder:
             self.token_ids.append(np.concatenate([example.token_ids for example in self._pending]))
             self.target_weights.append(np.concatenate([example.target_weights for example in self._pending]))
             self._pending = []
+
+
+def gold_runs(target_weights: npt.NDArray[np.float32]) -> list[tuple[int, int]]:
+    """(begin, end) of each stretch of gold, one after another.
+
+    >>> gold_runs(np.array([0, 0, 1, 2, 0, 1], dtype=np.float32))
+    [(2, 4), (5, 6)]
+    """
+    edges = np.flatnonzero(np.diff(target_weights > 0, prepend=False, append=False))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
 def _joined(arrays: list[npt.NDArray[Any]], dtype: type[np.generic]) -> npt.NDArray[Any]:
@@ -233,14 +247,33 @@ def load_dataset(
     """
     loading = _Loading(config, renderer)
     files = _files(sources)
-    if files is not None:
-        _check_names(files, split)
-        for source in files:
-            loading.read_source(source, base_folder)
-    else:
-        rows = cast("Iterable[Mapping[str, Any]]", sources)
-        loading.read_memory(rows_in_memory(rows, name=split), name=split)
+    with _collecting_little():
+        if files is not None:
+            _check_names(files, split)
+            for source in files:
+                _require_end(source)
+                loading.read_source(source, base_folder)
+        else:
+            loading.read_memory(cast("Iterable[Mapping[str, Any]]", sources), name=split)
     return loading.finish(split)
+
+
+@contextlib.contextmanager
+def _collecting_little() -> Iterator[None]:
+    """Let the garbage collector look at new objects only; else it goes through all of torch again: a fifth of the time."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _require_end(source: SourceConfig) -> None:
+    if source.streaming and source.limit is None:
+        raise ConfigError(
+            f"the source {source.path} is streamed, so it cannot be held as a whole, which is asked for here",
+            remedy="set `limit` of the source: its first rows",
+        )
 
 
 def read_texts(
@@ -253,28 +286,39 @@ def read_texts(
     Args:
         sources: files, or rows in memory.
     """
-    readings: list[tuple[Iterator[Row | Rejection], Columns | None, int | None]] = []
-    files = _files(sources)
-    if files is not None:
-        for source in files:
-            columns = source.columns or config.columns
-            readings.append((read_rows(source, base_folder=base_folder, columns=columns), columns, source.limit))
-    else:
-        readings.append((rows_in_memory(cast("Iterable[Mapping[str, Any]]", sources)), config.columns, None))
     contexts: list[str] = []
     golds: list[str] = []
-    for rows, columns, limit in readings:
-        taken = 0
-        for row in rows:
-            if limit is not None and taken >= limit:
-                break
-            conversation = row if isinstance(row, Rejection) else to_conversation(row, columns=columns)
-            if isinstance(conversation, Rejection):
-                continue
-            taken += 1
-            for message in conversation.messages:
-                (golds if message.role == "assistant" else contexts).append(message.content)
+    for reader, parts in _readers(sources, config, base_folder):
+        ordinal = taken = 0
+        for part in parts:
+            for row in reader.read(part, ordinal):
+                ordinal += 1
+                if reader.source.limit is not None and taken >= reader.source.limit:
+                    break
+                conversation = row if isinstance(row, Rejection) else reader.convert(row)
+                if isinstance(conversation, Conversation):
+                    taken += 1
+                    contexts.extend(json.dumps(tool, ensure_ascii=False) for tool in conversation.tools)
+                    for message in conversation.messages:
+                        (golds if message.role == "assistant" else contexts).extend(_texts(message))
     return contexts, golds
+
+
+def _readers(
+    sources: Sequence[SourceConfig] | Iterable[Mapping[str, Any]], config: DataConfig, base_folder: Path
+) -> list[tuple[SourceReader, Iterable[SourcePart]]]:
+    files = _files(sources)
+    if files is None:
+        part = memory_part(cast("Iterable[Mapping[str, Any]]", sources), name="rows")
+        return [(SourceReader(SourceConfig(path="rows"), config=config), [part])]
+    readers = [SourceReader(source, config=config) for source in files]
+    return [(reader, reader.parts(base_folder)) for reader in readers]
+
+
+def _texts(message: Message) -> list[str]:
+    """What a template may write of a message."""
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.tool_calls]
+    return [text for text in (message.reasoning, message.content, *calls, message.name) if text is not None]
 
 
 def _files(sources: Sequence[SourceConfig] | Iterable[Mapping[str, Any]]) -> list[SourceConfig] | None:
@@ -297,6 +341,36 @@ def _check_names(sources: Sequence[SourceConfig], split: str) -> None:
         paths[name] = source.path
 
 
+def render_rows(renderer: Renderer, rows: Sequence[_Readable]) -> list[list[TokenizedExample] | Rejection]:
+    """The examples of each row of one source, or why it has none; what came tokenised passes the renderer."""
+    conversations = [row for row in rows if isinstance(row, Conversation)]
+    if len(conversations) == len(rows):
+        return renderer.render(conversations)
+    # A source has one format: then all of them are tokenised.
+    ends = frozenset(renderer.end_token_ids)
+    return [_own_tokens(row, renderer, ends) for row in rows if isinstance(row, TokenizedExample)]
+
+
+def _own_tokens(
+    example: TokenizedExample, renderer: Renderer, ends: frozenset[int]
+) -> list[TokenizedExample] | Rejection:
+    """A row that came tokenised, its gold measured; a rejection where it is too long."""
+    limit = renderer.max_length
+    if limit is not None and example.num_tokens > limit:
+        return Rejection(
+            source=example.source,
+            reason="longer than max_length",
+            detail=f"{example.num_tokens} tokens, but max_length is {limit}; shorten or remove the row, or raise "
+            "data.max_length where the model can take more (a row is never cut)",
+        )
+    num_bytes = 0
+    for begin, end in gold_runs(example.target_weights):
+        ids = example.token_ids[begin:end].tolist()
+        text = renderer.tokenizer.decode(ids[:-1] if ids[-1] in ends else ids, skip_special_tokens=False)
+        num_bytes += len(str(text).encode("utf-8"))
+    return [replace(example, num_bytes=num_bytes)]
+
+
 class _Loading:
     """The state of one `load_dataset`."""
 
@@ -310,43 +384,47 @@ class _Loading:
         self._num_rows = 0
 
     def read_source(self, source: SourceConfig, base_folder: Path) -> None:
-        columns = source.columns or self._config.columns
-        name = source_name(source)
+        reader = self._reader(source)
+        self._read(reader, reader.parts(base_folder))
+
+    def read_memory(self, rows: Iterable[Mapping[str, Any]], *, name: str) -> None:
+        reader = self._reader(SourceConfig(path=name, name=name))
+        self._read(reader, [memory_part(rows, name=name)])
+
+    def _reader(self, source: SourceConfig) -> SourceReader:
+        return SourceReader(source, config=self._config, vocab_size=len(self._renderer.tokenizer))
+
+    def _read(self, reader: SourceReader, parts: Iterable[SourcePart]) -> None:
         used = ordinal = 0
-        for shown, path in source_files(source, base_folder=base_folder):
-            rows = read_file(path, shown=shown, name=name, columns=columns, ordinal=ordinal)
-            file = _FileInProgress(self, source=source, columns=columns, used_before=used)
-            for row in rows:
+        for part in parts:
+            file = _FileInProgress(self, reader=reader, used_before=used)
+            for row in reader.read(part, ordinal):
+                if reader.source.streaming and file.is_full:
+                    break
                 file.take(row)
-            report = file.report(path=shown, name=name, sha256=sha256_file(path))
+            report = file.report(part)
             self._files.append(report)
             used += report.used
             ordinal += report.rows_in
 
-    def read_memory(self, rows: Iterator[Row | Rejection], *, name: str) -> None:
-        source = SourceConfig(path=name, name=name)
-        file = _FileInProgress(self, source=source, columns=self._config.columns, used_before=0)
-        for row in rows:
-            file.take(row)
-        self._files.append(file.report(path=name, name=name, sha256=None))
-
-    def render(self, conversations: Sequence[Conversation], repeat: float) -> list[list[TokenizedExample] | Rejection]:
-        """Render, and keep what is good; one result a conversation."""
-        results = self._renderer.render(conversations)
-        for index, conversation in enumerate(conversations):
+    def render(self, rows: Sequence[_Readable], source: SourceConfig) -> list[list[TokenizedExample] | Rejection]:
+        """Render what is not tokenised yet, and keep what is good; one result a row."""
+        results = render_rows(self._renderer, rows)
+        name = source_name(source)
+        for index, row in enumerate(rows):
             examples = results[index]
             if isinstance(examples, Rejection):
                 continue
-            duplicate = self._register(conversation, examples)
+            duplicate = self._register(row, examples)
             if duplicate is not None:
                 results[index] = duplicate
                 continue
             for example in examples:
-                self._builder.add(example, group=self._num_rows, repeat=repeat)
+                self._builder.add(example, group=self._num_rows, repeat=source.repeat, source_name=name)
             self._num_rows += 1
         return results
 
-    def _register(self, conversation: Conversation, examples: list[TokenizedExample]) -> Rejection | None:
+    def _register(self, conversation: _Readable, examples: list[TokenizedExample]) -> Rejection | None:
         """Take the row's ids, its own and those of its parts; a rejection where one is taken already."""
         ids = [conversation.example_id]
         ids.extend(example.example_id for example in examples if example.example_id != conversation.example_id)
@@ -396,28 +474,34 @@ class _Loading:
 class _FileInProgress:
     """Counts the rows of one file while they are read."""
 
-    def __init__(self, loading: _Loading, *, source: SourceConfig, columns: Columns | None, used_before: int) -> None:
+    def __init__(self, loading: _Loading, *, reader: SourceReader, used_before: int) -> None:
         self._loading = loading
-        self._source = source
-        self._columns = columns
-        self._room = None if source.limit is None else source.limit - used_before
-        self._pending: list[Conversation] = []
+        self._reader = reader
+        limit = reader.source.limit
+        self._room = None if limit is None else limit - used_before
+        self._pending: list[_Readable] = []
         self._straddles_before = loading.num_straddles
         self._rows_in = self._used = self._over_limit = 0
         self._examples = self._tokens = self._gold_tokens = 0
         self._rejected: dict[str, int] = {}
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the source's limit is reached."""
+        if self._room is None or self._used + len(self._pending) < self._room:
+            return False
+        self._render()  # a pending row that is rejected makes room
+        return self._used >= self._room
+
     def take(self, row: Row | Rejection) -> None:
         self._rows_in += 1
-        if self._room is not None and self._used + len(self._pending) >= self._room:
-            self._render()  # a pending row that is rejected makes room
-            if self._used >= self._room:
-                self._over_limit += 1
-                return
+        if self.is_full:
+            self._over_limit += 1
+            return
         if isinstance(row, Rejection):
             self._reject(row)
             return
-        conversation = to_conversation(row, columns=self._columns, source_weight=self._source.weight)
+        conversation = self._reader.convert(row)
         if isinstance(conversation, Rejection):
             self._reject(conversation)
             return
@@ -425,12 +509,12 @@ class _FileInProgress:
         if len(self._pending) >= _ROWS_AT_ONCE:
             self._render()
 
-    def report(self, *, path: str, name: str, sha256: str | None) -> FileReport:
+    def report(self, part: SourcePart) -> FileReport:
         self._render()
         return FileReport(
-            path=path,
-            name=name,
-            sha256=sha256,
+            path=part.path,
+            name=source_name(self._reader.source),
+            sha256=part.sha256(),
             rows_in=self._rows_in,
             used=self._used,
             rejected=self._rejected,
@@ -439,11 +523,14 @@ class _FileInProgress:
             tokens=self._tokens,
             gold_tokens=self._gold_tokens,
             straddles=self._loading.num_straddles - self._straddles_before,
+            format=self._reader.format or "",
+            format_detected=self._reader.is_detected,
+            revision=part.revision,
         )
 
     def _render(self) -> None:
         kept: list[TokenizedExample] = []
-        for result in self._loading.render(self._pending, self._source.repeat):
+        for result in self._loading.render(self._pending, self._reader.source):
             if isinstance(result, Rejection):
                 self._reject(result)
             else:

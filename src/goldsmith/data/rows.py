@@ -16,29 +16,53 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, field_validator, model_validator
 
 from goldsmith.errors import ConfigError, DataError
 
 __all__ = [
     "FIELDS",
+    "HUB_PREFIX",
     "Columns",
     "DataConfig",
+    "FormatName",
     "Rejection",
     "Row",
     "SourceConfig",
     "read_file",
-    "read_rows",
     "rows_in_memory",
     "shorten",
     "source_files",
     "source_name",
 ]
 
+# What a row may be; see `docs/formats.md`.
+FormatName = Literal["prompt_completion", "chat", "sharegpt", "alpaca", "text", "tokens"]
+
 # What goldsmith reads of a row, and what `columns` may map.
-FIELDS = ("prompt", "completion", "messages", "id", "weight")
+FIELDS = (
+    "prompt",
+    "completion",
+    "messages",
+    "tools",
+    "conversations",
+    "system",
+    "instruction",
+    "input",
+    "output",
+    "text",
+    "token_ids",
+    "target_weights",
+    "labels",
+    "spans",
+    "id",
+    "weight",
+)
+
+# Begins the `path` of a source that is a data set of the Hugging Face hub.
+HUB_PREFIX = "hf:"
 
 Columns = dict[str, StrictInt | StrictStr]
 
@@ -93,15 +117,28 @@ def _checked_columns(columns: Columns | None) -> Columns | None:
 
 
 class SourceConfig(BaseModel):
-    """One source of rows: a file, or several by a glob."""
+    """One source of rows: a file, several by a glob, or a data set of the hub."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str = Field(
-        min_length=1, description="a file, or a glob such as `data/*.jsonl.gz`; `.gz` is unpacked while reading"
+        min_length=1,
+        description="a file, a glob such as `data/*.jsonl.gz` (`.gz` is unpacked while reading), or `hf:NAME`, a data set of "
+        "the Hugging Face hub",
     )
     name: str | None = Field(
         default=None, min_length=1, description="name in reports and example ids; default: the file's stem"
+    )
+    split: str | None = Field(default=None, min_length=1, description="of a hub data set, which has to name it")
+    subset: str | None = Field(default=None, min_length=1, description="of a hub data set that has several")
+    revision: str | None = Field(
+        default=None, min_length=1, description="of a hub data set; null: the newest, and the run keeps to it"
+    )
+    format: FormatName | None = Field(
+        default=None, description="of every row; null: that of `data`, else found in the first rows"
+    )
+    ignore_message_keys: list[str] = Field(
+        default=[], description="keys of messages that mean nothing here; another unknown key rejects its row"
     )
     columns: Columns | None = Field(
         default=None,
@@ -111,10 +148,44 @@ class SourceConfig(BaseModel):
     repeat: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="how often an epoch holds each row")
     limit: int | None = Field(default=None, ge=1, description="take the first n rows that can be used")
 
+    streaming: bool = Field(
+        default=False,
+        description="read it while training, again and again, in place of holding it; see docs/formats.md",
+    )
+    window: int | None = Field(
+        default=None, ge=1, description="rows that a streamed source is shuffled within; null: 10,000"
+    )
+
     @field_validator("columns")
     @classmethod
     def _check_columns(cls, columns: Columns | None) -> Columns | None:
         return _checked_columns(columns)
+
+    @model_validator(mode="after")
+    def _check_streaming(self) -> Self:
+        if self.window is not None and not self.streaming:
+            raise ValueError(f"window ({self.window}) is for a streamed source; set `streaming: true`, or remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _check_hub(self) -> Self:
+        if self.is_hub:
+            if self.path == HUB_PREFIX:
+                raise ValueError("path names no data set behind `hf:`; for example `hf:openai/gsm8k`")
+            if self.split is None:
+                raise ValueError(f"the data set {self.path} needs `split`, for example `split: train`")
+            return self
+        for key in ("split", "subset", "revision"):
+            if (value := getattr(self, key)) is not None:
+                raise ValueError(
+                    f"{key} ({value}) is for a data set of the hub; {self.path} is a file (`hf:NAME` is none)"
+                )
+        return self
+
+    @property
+    def is_hub(self) -> bool:
+        """Whether the rows come through the `datasets` library."""
+        return self.path.startswith(HUB_PREFIX)
 
 
 class DataConfig(BaseModel):
@@ -127,6 +198,7 @@ class DataConfig(BaseModel):
     )
     eval: list[SourceConfig] = Field(default=[], description="held-out sources, never trained on")
     columns: Columns | None = Field(default=None, description="columns of every source that gives none itself")
+    format: FormatName | None = Field(default=None, description="format of every source that gives none itself")
     max_length: int | None = Field(
         default=None, ge=2, description="tokens; a longer row is rejected. null: the model's limit"
     )
@@ -148,6 +220,24 @@ class DataConfig(BaseModel):
     @classmethod
     def _check_columns(cls, columns: Columns | None) -> Columns | None:
         return _checked_columns(columns)
+
+    @model_validator(mode="after")
+    def _check_streaming(self) -> Self:
+        streamed = [source for source in self.train if source.streaming and source.limit is None]
+        if streamed and len(streamed) < len(self.train):
+            held = next(source for source in self.train if source not in streamed)
+            raise ValueError(
+                f"train mixes streamed sources ({streamed[0].path}) with others ({held.path}); stream all of them, or none"
+            )
+        for source in self.eval:
+            if source.streaming and source.limit is None:
+                raise ValueError(f"eval: the streamed source {source.path} needs `limit`: its first rows are held")
+        return self
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether training draws its rows from a stream. (A streamed source with a `limit` is read up to it, and held.)"""
+        return any(source.streaming and source.limit is None for source in self.train)
 
 
 def shorten(value: object, length: int = 60) -> str:
@@ -173,6 +263,9 @@ def source_name(source: SourceConfig) -> str:
     """
     if source.name is not None:
         return source.name
+    if source.is_hub:
+        path = PurePath(source.path.removeprefix(HUB_PREFIX))
+        return path.name or str(path)
     name = PurePath(source.path).name
     name = name.removesuffix(".gz")
     return PurePath(name).stem or name
@@ -206,27 +299,6 @@ def source_files(source: SourceConfig, *, base_folder: Path) -> list[tuple[str, 
     return [(name, base_folder / name) for name in found]
 
 
-def read_rows(source: SourceConfig, *, base_folder: Path, columns: Columns | None = None) -> Iterator[Row | Rejection]:
-    """All rows of a source, file after file, in constant memory (a row at a time, Parquet a batch at a time).
-
-    Args:
-        source: `limit`, `weight` and `repeat` are not applied here.
-        base_folder: what a relative path is relative to.
-        columns: used where the source itself gives none.
-
-    Raises:
-        DataError: no such file, nothing in it, an unknown suffix, or a file that is damaged as a whole.
-        ConfigError: positions as columns of a format that has names.
-    """
-    ordinal = 0
-    for shown, path in source_files(source, base_folder=base_folder):
-        for item in read_file(
-            path, shown=shown, name=source_name(source), columns=source.columns or columns, ordinal=ordinal
-        ):
-            ordinal += 1
-            yield item
-
-
 def read_file(
     path: Path, *, shown: str, name: str, columns: Columns | None = None, ordinal: int = 0
 ) -> Iterator[Row | Rejection]:
@@ -240,7 +312,8 @@ def read_file(
         ordinal: of the first row.
 
     Raises:
-        DataError, ConfigError: see `read_rows`.
+        DataError: nothing in it, an unknown suffix, or a file that is damaged as a whole.
+        ConfigError: positions as columns of a format that has names.
     """
     form = _file_format(shown)
     by_position = columns is not None and any(isinstance(column, int) for column in columns.values())

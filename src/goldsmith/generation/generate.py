@@ -15,9 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from goldsmith.errors import DataError, NumericalError
-from goldsmith.types import TokenizedExample
 
-__all__ = ["Generation", "GenerationConfig", "decode_text", "end_token_ids", "generate", "split_example"]
+__all__ = ["Generation", "GenerationConfig", "decode_text", "end_token_ids", "generate"]
 
 # Contexts are sorted by length within a window of so many batches, which saves padding.
 _WINDOW_BATCHES = 16
@@ -111,14 +110,6 @@ def end_token_ids(
     if tokenizer.eos_token_id is not None:
         ends.add(tokenizer.eos_token_id)
     return tuple(sorted(ends))
-
-
-def split_example(example: TokenizedExample) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """(context ids, gold ids) of the last run of gold: everything before it is its context."""
-    gold = np.flatnonzero(example.target_weights > 0)
-    breaks = np.flatnonzero(np.diff(gold) > 1)
-    start = int(gold[breaks[-1] + 1] if len(breaks) else gold[0])
-    return example.token_ids[:start], example.token_ids[start : int(gold[-1]) + 1]
 
 
 def decode_text(

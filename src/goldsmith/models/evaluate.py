@@ -39,6 +39,7 @@ class LikelihoodSums:
         example_weight_sum: sum_i u_i.
         log_prob: the unweighted log P of all gold tokens, nats.
         num_examples, num_target_tokens: counts.
+        weighted_nll_by_source, weight_sum_by_source: the first two, apart for each of the data set's `source_names`.
     """
 
     weighted_nll: float = 0.0
@@ -48,6 +49,8 @@ class LikelihoodSums:
     log_prob: float = 0.0
     num_examples: int = 0
     num_target_tokens: int = 0
+    weighted_nll_by_source: tuple[float, ...] = ()
+    weight_sum_by_source: tuple[float, ...] = ()
 
     @property
     def nll(self) -> float:
@@ -135,6 +138,8 @@ def sum_log_likelihood(
     """The sums of an evaluation, in float64; arguments and errors as in `iterate_log_probs`."""
     weighted_nll = weight_sum = example_nll = example_weight_sum = log_prob = 0.0
     num_examples = num_target_tokens = 0
+    nll_by_source = [0.0] * len(dataset.source_names)
+    weight_by_source = [0.0] * len(dataset.source_names)
     for index, log_probs in iterate_log_probs(
         model,
         dataset,
@@ -146,6 +151,9 @@ def sum_log_likelihood(
         example = dataset[index]
         token_weights = example.target_weights[example.target_weights > 0].astype(np.float64)
         nll, own_weight_sum = -float(np.dot(token_weights, log_probs)), float(token_weights.sum())
+        source = int(dataset.source_indices[index])
+        nll_by_source[source] += example.example_weight * nll
+        weight_by_source[source] += example.example_weight * own_weight_sum
         weighted_nll += example.example_weight * nll
         weight_sum += example.example_weight * own_weight_sum
         example_nll += example.example_weight * nll / own_weight_sum
@@ -161,6 +169,8 @@ def sum_log_likelihood(
         log_prob=log_prob,
         num_examples=num_examples,
         num_target_tokens=num_target_tokens,
+        weighted_nll_by_source=tuple(nll_by_source),
+        weight_sum_by_source=tuple(weight_by_source),
     )
 
 

@@ -34,6 +34,7 @@ class StepSums:
         loss: what was differentiated: normalised, smoothed where asked for.
         weighted_nll: sum_i u_i nll(i), nats.
         nll_E: unweighted nll of each example's gold, nats.
+        weighted_nll_E: nll(i) of each example, nats: token weights are in it, the example's weight is not.
         microbatches: forward passes.
         computed_tokens: tokens of all packs; fewer than the rows have where contexts are shared.
     """
@@ -41,6 +42,7 @@ class StepSums:
     loss: float
     weighted_nll: float
     nll_E: npt.NDArray[np.float64]
+    weighted_nll_E: npt.NDArray[np.float64]
     microbatches: int
     computed_tokens: int
 
@@ -112,6 +114,7 @@ def forward_backward(
     num_microbatches = computed_tokens = 0
     losses: list[torch.Tensor] = []
     log_prob_sums: list[torch.Tensor] = []
+    weighted_sums: list[torch.Tensor] = []
     weighted: list[torch.Tensor] = []
     places: list[Indices] = []
     plan = plan_step(data, indices, tokens_per_microbatch=tokens_per_microbatch, shares_contexts=shares_contexts)
@@ -141,23 +144,27 @@ def forward_backward(
         computed_tokens += batch.num_tokens
         log_probs = sums.log_probs_K.double()
         per_example = torch.zeros(len(members), dtype=torch.float64, device=model.device)
+        weighted_sums.append(per_example.index_add(0, batch.target_example, log_probs * batch.target_weights.double()))
         log_prob_sums.append(per_example.index_add_(0, batch.target_example, log_probs))
         weighted.append((log_probs * token_coefficients(batch, "token")).sum())
         losses.append(sums.weighted_nll.detach().double())
         places.append(members)
 
-    num_examples = len(indices)
-    totals = torch.zeros(2 * num_examples + 4, dtype=torch.float64)
+    size = len(indices)
+    # Of each example: log P, weighted log P, whether it ran out of memory; then four sums.
+    totals = torch.zeros(3 * size + 4, dtype=torch.float64)
     if failed is not None:
         # The others learn of it with the sums, and do not wait for gradients that never come.
-        totals[num_examples + failed] = 1.0
+        totals[2 * size + failed] = 1.0
     elif num_microbatches:
-        totals[np.concatenate(places)] = torch.cat(log_prob_sums).cpu()
+        members = np.concatenate(places)
+        totals[members] = torch.cat(log_prob_sums).cpu()
+        totals[size + members] = torch.cat(weighted_sums).cpu()
         totals[-4] = torch.stack(losses).sum().cpu()
         totals[-3] = torch.stack(weighted).sum().cpu()
     totals[-2], totals[-1] = num_microbatches, computed_tokens
     totals = distributed.sum_tensor(totals.to(model.device)).cpu()
-    failed_E = totals[num_examples:-4].numpy() > 0
+    failed_E = totals[2 * size : -4].numpy() > 0
     if failed_E.any():
         model.zero_grad(set_to_none=True)
         release_memory(model.device)
@@ -172,7 +179,8 @@ def forward_backward(
     return StepSums(
         loss=float(totals[-4]),
         weighted_nll=-float(totals[-3]),
-        nll_E=-totals[:num_examples].numpy(),
+        nll_E=-totals[:size].numpy(),
+        weighted_nll_E=-totals[size : 2 * size].numpy(),
         microbatches=int(totals[-2]),
         computed_tokens=int(totals[-1]),
     )

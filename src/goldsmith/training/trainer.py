@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from goldsmith import distributed
 from goldsmith.data.loader import Dataset
 from goldsmith.data.order import StepOrder
+from goldsmith.data.stream import ExampleStream
 from goldsmith.errors import NumericalError, StoppedBySignal
 from goldsmith.models.evaluate import sum_log_likelihood
 from goldsmith.models.likelihood import LikelihoodModel
@@ -41,7 +42,7 @@ from goldsmith.training.progress import NoProgress, ProgressReporter
 from goldsmith.training.step_memory import StepMemory
 from goldsmith.training.update_in_backward import UpdateInBackward, require_one_microbatch
 
-__all__ = ["EvaluationConfig", "Trainer", "TrainingConfig", "TrainingResult", "planned_steps"]
+__all__ = ["EvaluationConfig", "Trainer", "TrainingConfig", "TrainingResult", "nll_by_source", "planned_steps"]
 
 
 class TrainingConfig(BaseModel):
@@ -115,6 +116,8 @@ class Trainer:
         evaluation: held-out gold, or None.
         total_steps: updates in all, resolved; see `planned_steps`.
         output_dir: the run folder.
+        stream: where the training data has no end: what the steps are drawn from; `train` is then its first step, which stands
+            for those that are not read yet.
         can_share_contexts: whether the proof found that this model may carry a shared context once.
         progress: told of each step and evaluation; the main process only.
     """
@@ -132,12 +135,15 @@ class Trainer:
         checkpoint: CheckpointConfig,
         total_steps: int,
         output_dir: Path,
+        stream: ExampleStream | None = None,
         can_share_contexts: bool = True,
         progress: ProgressReporter | None = None,
     ) -> None:
         self.model = model
         self.device = model.device
+        # Of a stream it is replaced by the examples of each step.
         self.train_data = train
+        self.stream = stream
         self.evaluation_data = evaluation
         self.config = config
         self.objective = objective
@@ -167,11 +173,20 @@ class Trainer:
         self.store = CheckpointStore(folder=output_dir / "checkpoints", keep=checkpoint.keep)
         self.state = TrainingState.initial()
         self.shares_contexts = (
-            can_share_contexts and config.shared_context == "auto" and model.shares_contexts(int(train.lengths.max()))
+            can_share_contexts
+            and config.shared_context == "auto"
+            and model.shares_contexts(int(train.lengths.max()) if stream is None else stream.longest)
         )
         self.order = step_order(train, config)
 
     # One step
+
+    def examples_of(self, step: int) -> tuple[int, npt.NDArray[np.int64]]:
+        """Epoch of a step, and its examples within `train_data`. A stream has no epochs, and its steps are drawn in order."""
+        if self.stream is None:
+            return self.order.step(step)
+        self.train_data = self.stream.step(step)
+        return 0, np.arange(len(self.train_data))
 
     def forward_backward(self, indices: npt.NDArray[np.int64]) -> StepSums:
         """Add the gradient of the step's loss to the parameters and return its sums over all ranks."""
@@ -192,7 +207,7 @@ class Trainer:
             NumericalError: the loss or the gradient is not finite; nothing was updated.
         """
         started = time.perf_counter()
-        epoch, indices = self.order.step(step)
+        epoch, indices = self.examples_of(step)
         rate = learning_rate(self.optimizer_config, step, self.total_steps)
         set_learning_rate(self.optimizer, rate)
         measures = step == 1 or step % self.config.log_update_ratio_every == 0
@@ -218,6 +233,7 @@ class Trainer:
             microbatches=sums.microbatches,
             shared_tokens=tokens - sums.computed_tokens,
             nll=sums.weighted_nll / step_denominator(data.example_weights[indices], data.weight_sums[indices], "token"),
+            nll_by_source=nll_by_source(data, indices, sums.weighted_nll_E),
             loss=sums.loss,
             learning_rate=rate,
             grad_norm=grad_norm,
@@ -233,6 +249,7 @@ class Trainer:
                 epoch=epoch,
                 example_id=data.example_ids[index],
                 source=data.sources[index],
+                source_name=data.source_names[data.source_indices[index]],
                 nll=float(nll),
                 gold_tokens=int(count),
             )
@@ -311,21 +328,23 @@ class Trainer:
                 )
         except NumericalError as error:
             raise NumericalError(f"evaluation after step {step}: {error.message}", remedy=error.remedy) from error
-        sums = torch.tensor(
-            [own.weighted_nll, own.weight_sum, own.example_nll, own.example_weight_sum], dtype=torch.float64
-        )
-        weighted_nll, weight_sum, example_nll, example_weight_sum = distributed.sum_tensor(
+        whole = (own.weighted_nll, own.weight_sum, own.example_nll, own.example_weight_sum)
+        sums = torch.tensor([*whole, *own.weighted_nll_by_source, *own.weight_sum_by_source], dtype=torch.float64)
+        weighted_nll, weight_sum, example_nll, example_weight_sum, *by_source = distributed.sum_tensor(
             sums.to(self.device)
         ).tolist()
+        names = data.source_names if len(data.source_names) > 1 else []
+        source_sums = zip(names, by_source, by_source[len(data.source_names) :], strict=False)
         nll = weighted_nll / weight_sum
         seconds = time.perf_counter() - started
         return EvaluationRecord(
             step=step,
-            epoch=0 if step == 0 else self.order.step(step)[0],
+            epoch=0 if step == 0 or self.stream is not None else self.order.step(step)[0],
             examples=len(data),
             gold_tokens=int(data.num_target_tokens.sum()),
             nll=nll,
             nll_per_example=example_nll / example_weight_sum,
+            nll_by_source={name: own_nll / own_weight for name, own_nll, own_weight in source_sums},
             is_best=self.state.best_nll is None or nll < self.state.best_nll,
             seconds=seconds,
             tokens_per_second=int(data.lengths.sum()) / seconds,
@@ -377,6 +396,8 @@ class Trainer:
             torch.manual_seed(self.config.seed)
             self.model.train()
             self.resume()
+            if self.stream is not None:
+                self.stream.seek(self.state.stream)
             run_started = time.monotonic() - self.state.elapsed_seconds
             metrics, examples_file = self._writers(stack)
 
@@ -394,6 +415,7 @@ class Trainer:
                         metrics_offset=metrics.sync(),
                         examples_offset=examples_file.sync(),
                         elapsed_seconds=time.monotonic() - run_started,
+                        stream=None if self.stream is None else self.stream.state(),
                     )
                     self.store.save(self.model.causal_lm, self.optimizer, self.state)
                 distributed.barrier()
@@ -469,10 +491,30 @@ class Trainer:
         times = []
         for step in range(1, steps + 2):
             started = time.perf_counter()
-            self.memory.fitting(self.forward_backward, self.order.step(step)[1])
+            self.memory.fitting(self.forward_backward, self.examples_of(step)[1])
             times.append(time.perf_counter() - started)
             self.optimizer.zero_grad(set_to_none=True)
+        if self.stream is not None:
+            self.stream.seek(None)
         return max(times[1:])  # the first one warms up
+
+
+def nll_by_source(
+    data: Dataset, indices: npt.NDArray[np.int64], weighted_nll_E: npt.NDArray[np.float64]
+) -> dict[str, float]:
+    """Nats a token of each source's gold among the examples `indices`; empty where the data has one source.
+
+    Args:
+        weighted_nll_E: nll(i) of each of `indices`, without the example weights.
+    """
+    if len(data.source_names) < 2:
+        return {}
+    sources, weights = data.source_indices[indices], data.example_weights[indices]
+    nlls, weight_sums = weights * weighted_nll_E, weights * data.weight_sums[indices]
+    return {
+        data.source_names[source]: float(nlls[sources == source].sum() / weight_sums[sources == source].sum())
+        for source in np.unique(sources).tolist()
+    }
 
 
 def step_order(data: Dataset, config: TrainingConfig) -> StepOrder:

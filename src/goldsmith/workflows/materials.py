@@ -11,11 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from goldsmith.data.loader import Dataset, load_dataset, read_texts
 from goldsmith.data.rendering import Renderer
+from goldsmith.data.stream import ExampleStream
 from goldsmith.data.tokenizer import load_tokenizer, train_tokenizer
 from goldsmith.models.load import DtypeName, init_causal_lm, load_causal_lm, load_config, resolve_model_folder
 from goldsmith.recipe import Recipe
 
-__all__ = ["RowList", "Rows", "causal_lm_of", "dataset_of", "own_limit_of", "tokenizer_of"]
+__all__ = ["RowList", "Rows", "causal_lm_of", "dataset_of", "own_limit_of", "stream_of", "tokenizer_of"]
 
 Rows = Iterable[Mapping[str, object]]
 RowList = Sequence[Mapping[str, object]]
@@ -51,6 +52,18 @@ def dataset_of(recipe: Recipe, renderer: Renderer, split: Literal["train", "eval
         renderer=renderer,
         base_folder=Path.cwd(),
         split=split,
+    )
+
+
+def stream_of(recipe: Recipe, renderer: Renderer) -> ExampleStream:
+    """The streamed training data of a recipe."""
+    return ExampleStream(
+        recipe.data.train,
+        config=recipe.data,
+        renderer=renderer,
+        seed=recipe.training.seed,
+        batch_size=recipe.training.batch_size,
+        base_folder=Path.cwd(),
     )
 
 

@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from goldsmith.data.loader import Dataset, load_dataset
 from goldsmith.data.rendering import Renderer, RenderingConfig
-from goldsmith.data.rows import Columns, DataConfig, SourceConfig
+from goldsmith.data.rows import HUB_PREFIX, Columns, DataConfig, SourceConfig
 from goldsmith.data.tokenizer import load_tokenizer
 from goldsmith.errors import ConfigError, MachineError
-from goldsmith.generation.generate import Generation, GenerationConfig, decode_text, split_example
+from goldsmith.generation.generate import Generation, GenerationConfig, decode_text
 from goldsmith.generation.generate import generate as decode
 from goldsmith.generation.metrics import GenerationMetrics, measure, measure_example
 from goldsmith.models.likelihood import LikelihoodModel
@@ -59,6 +59,11 @@ class OpenModel:
         limit: int | None = None,
     ) -> Dataset:
         """The gold of a file, a glob, or of rows in memory."""
+        if isinstance(data, str) and data.startswith(HUB_PREFIX):
+            raise ConfigError(
+                f"{data}: a data set of the hub is read by a recipe only, which names its split",
+                remedy="save its rows to a file, for example with `datasets`: Dataset.to_json",
+            )
         source = SourceConfig(path=data if isinstance(data, str) else "rows", limit=limit)
         config = DataConfig(train=[source], columns=columns or self.columns, on_bad_row=on_bad_row)
         return load_dataset(
@@ -291,7 +296,7 @@ def _contexts(
     ends = opened.renderer.end_token_ids
     for index in range(len(dataset)):
         example = dataset[index]
-        context, gold = split_example(example)
+        context, gold = dataset.last_turn(index)
         yield _Prompt(
             example_id=example.example_id,
             prompt=dataset.context_text(index, opened.tokenizer),

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,8 +21,11 @@ from transformers import PreTrainedTokenizerBase
 
 import goldsmith
 from goldsmith import distributed
+from goldsmith.data.hub import hub_revision
 from goldsmith.data.loader import Dataset
 from goldsmith.data.rendering import Renderer
+from goldsmith.data.rows import SourceConfig
+from goldsmith.data.stream import ExampleStream
 from goldsmith.data.tokenizer import load_tokenizer
 from goldsmith.errors import ConfigError, MachineError
 from goldsmith.models.likelihood import LikelihoodModel
@@ -32,13 +36,14 @@ from goldsmith.models.load import (
 )
 from goldsmith.models.proof import prove
 from goldsmith.recipe import Recipe, load_recipe
+from goldsmith.records import DataReport
 from goldsmith.storage import FolderLock, replace_folder, require_space, write_atomic
 from goldsmith.training.checkpoint import checkpoint_bytes
 from goldsmith.training.memory import format_bytes
 from goldsmith.training.progress import progress_reporter
 from goldsmith.training.result import Parity, check_parity, save_model
 from goldsmith.training.trainer import Trainer, TrainingResult, planned_steps
-from goldsmith.workflows.materials import RowList, Rows, causal_lm_of, dataset_of, own_limit_of, tokenizer_of
+from goldsmith.workflows.materials import RowList, Rows, causal_lm_of, dataset_of, own_limit_of, stream_of, tokenizer_of
 
 __all__ = ["RunResult", "train"]
 
@@ -60,6 +65,7 @@ CALIBRATION_MARGIN = 1.35
 
 # Resolved once, written to the run's recipe.yaml, and read from there afterwards.
 AUTOMATIC_KEYS = ("model.device", "data.max_length", "training.max_steps", "training.activation_checkpointing")
+REVISION_KEY = re.compile(r"data\.(train|eval)\.\d+\.revision")
 # What a resumed run may change: it is only shown, kept or cut.
 CHANGEABLE_KEYS = (
     "training.tokens_per_microbatch",
@@ -177,19 +183,27 @@ def _run(
                     f"evaluation.{key} is {value}, but there is no data.eval to evaluate on",
                     remedy="name held-out files in data.eval, or take the key out",
                 )
+    resolved = _with_revisions(resolved, stored)
     # The model's folder first: a model that is not there should be named as such, and not by its tokenizer.
     own_limit = own_limit_of(resolved)
     tokenizer = _shared_tokenizer(resolved, folder, train_rows)
     max_length = resolved.data.max_length or own_limit
     renderer = Renderer(tokenizer, resolved.rendering, max_length)
-    train_data = dataset_of(resolved, renderer, "train", train_rows)
-    say(f"training data: {train_data.report.used:,} of {train_data.report.rows_in:,} rows, "
-        f"{train_data.report.gold_tokens:,} gold of {train_data.report.tokens:,} tokens")  # fmt: skip
+    stream = stream_of(resolved, renderer) if resolved.data.is_streamed and train_rows is None else None
+    if stream is None:
+        train_data = dataset_of(resolved, renderer, "train", train_rows)
+        say(f"training data: {train_data.report.used:,} of {train_data.report.rows_in:,} rows, "
+            f"{train_data.report.gold_tokens:,} gold of {train_data.report.tokens:,} tokens")  # fmt: skip
+    else:
+        train_data = stream.first()
+        say("training data: streamed, its rows are checked as they come")
+    _say_formats(say, train_data if stream is None else stream)
     _say_unknown(say, train_data, "training data")
     eval_data = None
     if resolved.data.eval or eval_rows is not None:
         eval_data = dataset_of(resolved, renderer, "eval", eval_rows)
         say(f"held-out data: {eval_data.report.used:,} of {eval_data.report.rows_in:,} rows")
+        _say_formats(say, eval_data)
         _say_unknown(say, eval_data, "held-out data")
 
     causal_lm = causal_lm_of(resolved, tokenizer, device)
@@ -216,6 +230,7 @@ def _run(
         checkpoint=resolved.checkpoint,
         total_steps=resolved.training.max_steps or planned_steps(train_data, resolved.training),
         output_dir=folder,
+        stream=stream,
         can_share_contexts=proof.shares_contexts,
         progress=progress_reporter(quiet=quiet) if distributed.is_main() else None,
     )
@@ -229,7 +244,7 @@ def _run(
         }
         resolved = _with_values(resolved, automatic)
     _say_memory(trainer, say)
-    data_report = _data_report(train_data, eval_data)
+    data_report = _data_report(stream or train_data, eval_data)
     if distributed.is_main():
         _require_space(trainer, folder)
         _claim(folder, resolved, tokenizer, data_report, stored=stored is not None, say=say)
@@ -237,13 +252,17 @@ def _run(
     distributed.barrier()
 
     result = trainer.train()
+    train_report = train_data.report
+    if stream is not None:
+        train_report = stream.report()
+        _say_stream(say, train_report)
 
     outcome = RunResult(
         output_dir=folder,
         already_finished=False,
         training=result,
         parity=None,
-        rows={"read": train_data.report.rows_in, "used": train_data.report.used},
+        rows={"read": train_report.rows_in, "used": train_report.used},
     )
     if distributed.is_main():
         model_dir = folder / "model"
@@ -258,6 +277,9 @@ def _run(
         )
         outcome = replace(outcome, parity=check_parity(model_dir, model, eval_data or train_data))
         write_atomic(folder / RESULT, json.dumps(outcome.to_json(), indent=1) + "\n")
+        if stream is not None:  # only now are its rows counted
+            data_report["train"] |= train_report.to_json()
+            write_atomic(folder / DATA, json.dumps(data_report, indent=1) + "\n")
     distributed.barrier()
     return outcome
 
@@ -329,7 +351,7 @@ def _is_resolved_as(key: str, ours: Any, theirs: Any, recipe: Recipe) -> bool:
     """Whether a run may have made `theirs` out of `ours`."""
     if key == "training.max_steps" and recipe.training.max_seconds is not None and ours is not None:
         return bool(theirs < ours)  # time was short
-    return key in AUTOMATIC_KEYS and ours in (None, "auto")
+    return (key in AUTOMATIC_KEYS or REVISION_KEY.fullmatch(key) is not None) and ours in (None, "auto")
 
 
 def _with_resolved(recipe: Recipe, stored: Recipe) -> Recipe:
@@ -341,6 +363,21 @@ def _with_resolved(recipe: Recipe, stored: Recipe) -> Recipe:
             continue  # decided by the user, perhaps otherwise than before
         choices[key] = getattr(getattr(stored, section), name)
     return _with_values(recipe, choices)
+
+
+def _with_revisions(recipe: Recipe, stored: Recipe | None) -> Recipe:
+    """The same recipe, each hub data set held to one commit: the one of the run, or for a new one the newest."""
+    splits = {}
+    for split in ("train", "eval"):
+        before = getattr(stored.data, split) if stored is not None else []
+        sources: list[SourceConfig] = []
+        for index, source in enumerate(getattr(recipe.data, split)):
+            if source.is_hub:
+                revision = before[index].revision if before else hub_revision(source)
+                source = source.model_copy(update={"revision": revision})
+            sources.append(source)
+        splits[split] = sources
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=splits)})
 
 
 def _with_values(recipe: Recipe, values: Mapping[str, object]) -> Recipe:
@@ -404,13 +441,17 @@ def _require_same_data(before: dict[str, Any], now: dict[str, Any], folder: Path
     )
 
 
-def _data_report(train_data: Dataset, eval_data: Dataset | None) -> dict[str, Any]:
+def _data_report(train_data: Dataset | ExampleStream, eval_data: Dataset | None) -> dict[str, Any]:
     splits = {"train": train_data, "eval": eval_data}
     return {
-        split: {**data.report.to_json(), "fingerprint": data.fingerprint()}
+        split: {**_report_of(data).to_json(), "fingerprint": data.fingerprint()}
         for split, data in splits.items()
         if data is not None
     }
+
+
+def _report_of(data: Dataset | ExampleStream) -> DataReport:
+    return data.report() if isinstance(data, ExampleStream) else data.report
 
 
 def _environment() -> dict[str, Any]:
@@ -524,6 +565,23 @@ def _say_memory(trainer: Trainer, say: _Say) -> None:
     if trainer.config.activation_checkpointing == "auto" and trainer.memory.activation_checkpointing == "layers":
         how += f", because without it a step may take {format_bytes(trainer.memory.budget('none').total)}"
     say(f"memory of a step, at most {trainer.memory.budget()}; {how}")
+
+
+def _say_stream(say: _Say, report: DataReport) -> None:
+    """What became of the rows of a stream; a row of two passes counts twice."""
+    for file in report.files:
+        rejected = "".join(f", {count:,} rejected ({reason})" for reason, count in file.rejected.items())
+        say(f"  {file.name}: {file.used:,} of {file.rows_in:,} rows that were read{rejected}")
+
+
+def _say_formats(say: _Say, data: Dataset | ExampleStream) -> None:
+    """The format of each source, and how it is known."""
+    said = set()
+    for file in _report_of(data).files:
+        if file.format and (file.name, file.format) not in said:
+            said.add((file.name, file.format))
+            how = f"found in the first rows of {file.path}" if file.format_detected else "as the recipe says"
+            say(f"  {file.name}: format {file.format}, {how}")
 
 
 def _say_unknown(say: _Say, data: Dataset, name: str) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,10 +19,11 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from goldsmith.data import loader as loader_module
+from goldsmith.data.hub import hub_revision, hub_rows
 from goldsmith.data.loader import Dataset, load_dataset, read_texts
 from goldsmith.data.packing import epoch_order, pack
 from goldsmith.data.rendering import Renderer, RenderingConfig
-from goldsmith.data.rows import DataConfig
+from goldsmith.data.rows import DataConfig, Row, SourceConfig
 from goldsmith.data.tokenizer import load_tokenizer
 from goldsmith.errors import ConfigError, DataError
 from goldsmith.records import DataReport
@@ -109,9 +112,13 @@ def test_bad_rows_stop_with_a_summary_by_reason(tmp_path: Path, bpe: PreTrainedT
 
 def test_many_rejections_are_counted_and_few_are_shown(tmp_path: Path, bpe: PreTrainedTokenizerFast) -> None:
     (tmp_path / "train.jsonl").write_text('{"prompt": "p", "answer": "a"}\n' * 5000)
+    with pytest.raises(
+        DataError, match=r"the first 20 rows fit no format; train\.jsonl:1 has the fields 'prompt', 'answer'"
+    ):
+        load(bpe, tmp_path, "train.jsonl")
     for choice in ("stop", "skip"):
         with pytest.raises(DataError, match="No row is left") as error:
-            load(bpe, tmp_path, "train.jsonl", on_bad_row=choice)
+            load(bpe, tmp_path, "train.jsonl", on_bad_row=choice, format="prompt_completion")
         text = str(error.value)
         assert len(text) < 1500
         assert "no completion: 5000 rows" in text
@@ -321,6 +328,183 @@ def test_many_short_rows_are_loaded_fast(tmp_path: Path) -> None:
     begin = time.process_time()
     assert len(load(tokenizer, tmp_path, "train.jsonl")) == 10_000
     assert time.process_time() - begin < 3.0
+
+
+# --- formats
+
+
+def test_the_format_is_found_once_and_said_in_the_report(
+    tmp_path: Path, write_rows: Write, bpe: PreTrainedTokenizerFast
+) -> None:
+    write_rows([*rows(2), {"txt": "no prompt"}], "plain.jsonl")
+    write_rows([{"text": f"once {n}"} for n in range(3)], "story.jsonl")
+    data = load(
+        bpe, tmp_path, ["plain.jsonl", {"path": "story.jsonl", "format": "text"}], on_bad_row="skip", max_length=40
+    )
+    # A row of another format is rejected, and not read as what it could be.
+    assert data.report.rejected == {"no prompt": 1}
+    assert [(file.format, file.format_detected) for file in data.report.files] == [
+        ("prompt_completion", True),
+        ("text", False),
+    ]
+    assert data.example_ids == ["plain:0", "plain:1", "story:0", "story:1", "story:2"]
+    assert data.context_text(2, bpe) == "<s>"
+    assert data.gold_text(2, bpe) == "once 0"
+    data = load(bpe, tmp_path, "story.jsonl", format="text")
+    assert not data.report.files[0].format_detected
+
+
+def test_the_first_rows_are_those_that_can_be_read(tmp_path: Path, bpe: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "a.jsonl").write_text("{broken\n" * 30 + json.dumps(rows(1)[0]) + "\n" + '{"txt": "no prompt"}\n')
+    data = load(bpe, tmp_path, "a.jsonl", on_bad_row="skip", format=None)
+    assert data.report.rejected == {"invalid JSON": 30, "no prompt": 1}
+    # Behind the first 20 rows nothing is looked at: the format stands.
+    lines = [json.dumps(row) for row in rows(20)]
+    (tmp_path / "b.jsonl").write_text("\n".join([*lines, '{"text": "late"}']))
+    assert load(bpe, tmp_path, "b.jsonl", on_bad_row="skip").report.rejected == {"no prompt": 1}
+    (tmp_path / "c.jsonl").write_text("\n".join([*lines[:19], '{"text": "early"}']))
+    with pytest.raises(DataError, match="fit two formats"):
+        load(bpe, tmp_path, "c.jsonl", on_bad_row="skip")
+
+
+def test_all_files_of_a_source_have_its_one_format(tmp_path: Path, bpe: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "p1.jsonl").write_text("{broken\n")
+    (tmp_path / "p2.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "p3.jsonl").write_text('{"prompt": "p", "completion": "c"}\n')
+    data = load(bpe, tmp_path, {"path": "p*.jsonl", "name": "p"}, on_bad_row="skip")
+    assert data.report.rejected == {"invalid JSON": 1, "no text": 1}
+    assert [file.format for file in data.report.files] == ["", "text", "text"]
+
+
+def test_rows_of_tokens_pass_the_renderer(tmp_path: Path, write_rows: Write, bpe: PreTrainedTokenizerFast) -> None:
+    bos, eos = bpe.bos_token_id, bpe.eos_token_id
+    prompt, gold = bpe.encode("What is 2?", add_special_tokens=False), bpe.encode("é", add_special_tokens=False)
+    ids = [bos, *prompt, *gold, eos]
+    labels = [-100] * (1 + len(prompt)) + [*gold, eos]
+    late = len(bpe)
+    given_rows: list[dict[str, object]] = [
+        {"token_ids": ids, "labels": labels, "weight": 3},
+        {"token_ids": [bos, *gold, *prompt, *gold], "labels": [-100, *gold, *[-100] * len(prompt), *gold], "id": "two"},
+        {"token_ids": ids * 9, "labels": [-100] * len(ids) * 8 + ids},
+        {"token_ids": [bos, late], "labels": [-100, late]},
+    ]
+    write_rows(given_rows, "t.jsonl")
+    data = load(bpe, tmp_path, "t.jsonl", on_bad_row="skip", max_length=40)
+    assert data.report.rejected == {"longer than max_length": 1, "no such token": 1}
+    assert data.example_ids == ["t:0", "two"]
+    assert data.example_weights.tolist() == [3, 1]
+    assert data[0].token_ids.tolist() == ids
+    # As if the text itself had been given, the number of bytes too.
+    text = load_dataset(
+        [{"prompt": "What is 2?", "completion": "é"}],
+        config=DataConfig(train="x.jsonl"),  # type: ignore[arg-type]
+        renderer=Renderer(bpe, RenderingConfig(), None),
+        split="train",
+    )
+    assert text[0].token_ids.tolist() == ids
+    assert text[0].target_weights.tolist() == data[0].target_weights.tolist()
+    assert data.num_bytes.tolist() == [2, 4]
+    assert text.num_bytes.tolist() == [2]
+    assert read_texts(given_rows, config=DataConfig()) == ([], [])
+
+
+def test_texts_of_a_chat_hold_all_that_a_template_may_write() -> None:
+    call = {"name": "add", "arguments": {"é": 1}}
+    row = {
+        "messages": [
+            {"role": "user", "content": "q", "name": "Ann"},
+            {"role": "assistant", "content": "a", "reasoning": "hm", "tool_calls": [call]},
+        ],
+        "tools": [{"name": "add"}],
+    }
+    contexts, golds = read_texts([row], config=DataConfig())
+    assert contexts == ['{"name": "add"}', "q", "Ann"]
+    assert golds == ["hm", "a", json.dumps(call, ensure_ascii=False)]
+
+
+def test_each_example_knows_its_source(tmp_path: Path, write_rows: Write, bpe: PreTrainedTokenizerFast) -> None:
+    write_rows(rows(2), "a.jsonl")
+    write_rows(rows(3), "b.jsonl")
+    data = load(bpe, tmp_path, ["b.jsonl", {"path": "a.jsonl", "name": "first"}])
+    assert data.source_names == ["b", "first"]
+    assert data.source_indices.tolist() == [0, 0, 0, 1, 1]
+    copy = Dataset(list(data), source_names=["b", "b", "b", "first", "first"])
+    assert (copy.source_names, copy.source_indices.tolist()) == (data.source_names, data.source_indices.tolist())
+    assert Dataset(list(data)).source_names == [""]
+
+
+# --- data sets of the hub, here of a local folder
+
+
+@pytest.fixture
+def hub_folder(tmp_path: Path, write_rows: Write, monkeypatch: pytest.MonkeyPatch) -> Path:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "gold").mkdir()
+    write_rows(rows(3), "gold/train.jsonl")
+    write_rows(rows(2, 50), "gold/test.jsonl")
+    return tmp_path / "gold"
+
+
+def test_a_hub_data_set(hub_folder: Path, bpe: PreTrainedTokenizerFast) -> None:
+    source = {"path": f"hf:{hub_folder}", "split": "train", "limit": 2}
+    data = load(bpe, hub_folder, [source, {**source, "split": "test", "name": "held"}])
+    assert data.example_ids == ["gold:0", "gold:1", "held:0", "held:1"]
+    assert data.sources[1] == f"hf:{hub_folder}/train:2"
+    assert data.gold_text(2, bpe) == "It is 50."
+    first, _ = data.report.files
+    assert (first.path, first.rows_in, first.used, first.over_limit) == (f"hf:{hub_folder}/train", 3, 2, 1)
+    assert (first.sha256, first.revision, first.format) == (None, None, "prompt_completion")
+    assert hub_revision(SourceConfig.model_validate(source)) is None
+
+
+def test_a_hub_data_set_that_cannot_be_read(
+    hub_folder: Path, bpe: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DataError, match=r"gold/dev cannot be read: ValueError: .*Unknown split"):
+        load(bpe, hub_folder, {"path": f"hf:{hub_folder}", "split": "dev"})
+    with pytest.raises(DataError, match="hf:nobody/nothing/train cannot be read"):
+        load(bpe, hub_folder, {"path": "hf:nobody/nothing", "split": "train"})
+    with pytest.raises(ConfigError, match="gives positions"):
+        load(bpe, hub_folder, {"path": f"hf:{hub_folder}", "split": "train", "columns": {"text": 0}})
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match=r"pip install 'goldsmith\[hub\]'"):
+        load(bpe, hub_folder, {"path": f"hf:{hub_folder}", "split": "train"})
+
+
+def test_a_revision_is_held_to(hub_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is not reached in tests: its answer is made up here, and what is asked of `datasets` is looked at."""
+    hub = pytest.importorskip("huggingface_hub")
+    asked: list[str] = []
+
+    def dataset_info(self: object, name: str) -> SimpleNamespace:
+        asked.append(name)
+        return SimpleNamespace(sha="c" * 40)
+
+    monkeypatch.setattr(hub.HfApi, "dataset_info", dataset_info)
+    assert hub_revision(SourceConfig(path="hf:a/b", split="train")) == "c" * 40
+    source = SourceConfig(path="hf:a/b", split="train", subset="main", revision="v1")
+    assert hub_revision(source) == "v1"
+    assert asked == ["a/b"]
+
+    import datasets
+
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda path, **keywords: calls.append({"path": path, **keywords}) or rows(1)
+    )
+    [row] = list(hub_rows(source))
+    assert isinstance(row, Row)
+    assert row.source == "hf:a/b/main/train:1"
+    asked_for = {"name": "main", "split": "train", "revision": "v1", "streaming": False}
+    assert calls == [{"path": "a/b", **asked_for}]
+
+
+def test_a_hub_that_is_not_reached_gives_no_revision() -> None:
+    pytest.importorskip("datasets")
+    assert (
+        hub_revision(SourceConfig(path="hf:nobody/nothing", split="train")) is None
+    )  # offline, by the tests' settings
 
 
 def test_shared_data_sets(shared_folder: Path) -> None:

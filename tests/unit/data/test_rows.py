@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,22 @@ from goldsmith.data.rows import (
     Rejection,
     Row,
     SourceConfig,
-    read_rows,
+    read_file,
     rows_in_memory,
     shorten,
+    source_files,
     source_name,
 )
 from goldsmith.errors import ConfigError, DataError
+
+
+def read_rows(source: SourceConfig, *, base_folder: Path) -> Iterator[Row | Rejection]:
+    """All rows of a source, file after file."""
+    ordinal = 0
+    for shown, path in source_files(source, base_folder=base_folder):
+        for item in read_file(path, shown=shown, name=source_name(source), columns=source.columns, ordinal=ordinal):
+            ordinal += 1
+            yield item
 
 
 def read(path: Path, **fields: Any) -> list[Row | Rejection]:
@@ -415,6 +425,11 @@ def test_configuration_forms() -> None:
         {"path": "x", "columns": {"prompt": True}},
         {"path": "x", "columns": {"prompt": 0, "completion": "b"}},
         {"path": "x", "colums": {}},
+        {"path": "x", "format": "alpacca"},
+        {"path": "x", "split": "train"},
+        {"path": "x", "revision": "main"},
+        {"path": "hf:openai/gsm8k"},
+        {"path": "hf:", "split": "train"},
     ],
 )
 def test_configuration_mistakes(source: dict[str, Any]) -> None:
@@ -425,6 +440,8 @@ def test_configuration_mistakes(source: dict[str, Any]) -> None:
 def test_source_names() -> None:
     assert source_name(SourceConfig(path="a/b.train.jsonl.gz")) == "b.train"
     assert source_name(SourceConfig(path="a/b.csv", name="n")) == "n"
+    assert source_name(SourceConfig(path="hf:openai/gsm8k-v1.5", split="train")) == "gsm8k-v1.5"
+    assert source_name(SourceConfig(path="hf:gsm8k", split="train")) == "gsm8k"
 
 
 def test_shown_values_are_short_and_printable() -> None:

@@ -29,11 +29,9 @@ from goldsmith.generation.generate import (
     decode_text,
     end_token_ids,
     generate,
-    split_example,
 )
 from goldsmith.models.attention import PACKED_ATTENTION
 from goldsmith.models.likelihood import LikelihoodModel
-from goldsmith.types import TokenizedExample
 
 VOCABULARY = 24
 END = 3
@@ -249,17 +247,3 @@ def test_end_tokens_are_special_tokens_only() -> None:
 def test_text_ends_before_the_end_token() -> None:
     assert decode_text(tokenizer(), [4, 5, END, 6], [END]) == "w0 w1"
     assert decode_text(tokenizer(), np.array([4, 5], dtype=np.int32), [END]) == "w0 w1"
-
-
-def test_an_example_is_split_before_its_last_run_of_gold() -> None:
-    example = TokenizedExample(
-        token_ids=np.arange(8, dtype=np.int32),
-        target_weights=np.array([0, 1, 1, 0, 0, 0.5, 1, 0], dtype=np.float32),
-        example_id="e",
-        example_weight=1.0,
-        source="f:1",
-        num_bytes=1,
-    )
-    context, gold = split_example(example)
-    assert context.tolist() == [0, 1, 2, 3, 4]
-    assert gold.tolist() == [5, 6]

@@ -14,10 +14,12 @@ from small_trainer import build_model, build_trainer, make_examples, weights
 
 from goldsmith.data.loader import Dataset
 from goldsmith.errors import CheckpointError, NumericalError, StoppedBySignal
+from goldsmith.models.evaluate import iterate_log_probs
 from goldsmith.models.step import microbatches
 from goldsmith.records import EvaluationRecord, StepRecord
 from goldsmith.training.optimizer import learning_rate
-from goldsmith.training.trainer import Trainer, TrainingConfig, planned_steps, stop_on_signals
+from goldsmith.training.trainer import Trainer, TrainingConfig, nll_by_source, planned_steps, stop_on_signals
+from goldsmith.types import TokenizedExample
 
 TRAIN = make_examples(10, seed=1)
 HELD_OUT = make_examples(5, seed=2)
@@ -81,6 +83,65 @@ def test_every_example_is_recorded_once_an_epoch(tmp_path: Path) -> None:
         assert line["nll"] > 0
     orders = [[line["example_id"] for line in lines if line["epoch"] == epoch] for epoch in (0, 1)]
     assert orders[0] != orders[1]
+
+
+def test_every_source_is_named_in_every_record(tmp_path: Path) -> None:
+    def sources(examples: list[TokenizedExample]) -> list[str]:
+        return ["maths" if number % 3 else "law" for number in range(len(examples))]
+
+    train = Dataset(TRAIN, source_names=sources(TRAIN))
+    trainer = build_trainer(tmp_path / "all", train, evaluation=HELD_OUT, max_steps=3, batch_size=4)
+    trainer.evaluation_data = Dataset(HELD_OUT, source_names=sources(HELD_OUT))
+    _, indices = trainer.order.step(1)
+    sums = trainer.forward_backward(indices)
+    trainer.optimizer.zero_grad()
+    trainer.train()
+
+    name_of = {example.example_id: name for example, name in zip(TRAIN, sources(TRAIN), strict=True)}
+    lines = [json.loads(line) for line in (tmp_path / "all" / "examples.jsonl").read_text().splitlines()]
+    assert [line["source_name"] for line in lines] == [name_of[line["example_id"]] for line in lines]
+
+    # The plain reference: the weighted nll of every gold token, summed by source, divided once.
+    model = build_model()
+
+    def expected(examples: list[TokenizedExample], names: list[str]) -> dict[str, float]:
+        totals: dict[str, list[float]] = {}
+        for example, name in zip(examples, names, strict=True):
+            [(_, log_probs)] = iterate_log_probs(model, Dataset([example]), tokens_per_microbatch=1000)
+            weights = example.target_weights[example.target_weights > 0].astype(np.float64)
+            total = totals.setdefault(name, [0.0, 0.0])
+            total[0] -= example.example_weight * float(weights @ log_probs)
+            total[1] += example.example_weight * float(weights.sum())
+        return {name: nll / weight for name, (nll, weight) in totals.items()}
+
+    first = records(tmp_path / "all", "step")[0]
+    of_step = [TRAIN[index] for index in indices]
+    assert first["nll_by_source"] == pytest.approx(
+        expected(of_step, [name_of[e.example_id] for e in of_step]), rel=1e-10
+    )
+    assert len({name_of[example.example_id] for example in of_step}) == 2
+    assert first["nll_by_source"] == nll_by_source(train, indices, sums.weighted_nll_E)
+    before = records(tmp_path / "all", "evaluation")[0]
+    assert before["nll_by_source"] == pytest.approx(expected(HELD_OUT, sources(HELD_OUT)), rel=1e-10)
+
+    # Cut otherwise it is the same to rounding; of one source nothing is said.
+    cut = build_trainer(tmp_path / "cut", train, max_steps=1, batch_size=4, tokens_per_microbatch=1)
+    cut.train()
+    assert records(tmp_path / "cut", "step")[0]["nll_by_source"] == pytest.approx(first["nll_by_source"], rel=1e-10)
+    build_trainer(tmp_path / "one", TRAIN, evaluation=HELD_OUT, max_steps=1, batch_size=4).train()
+    assert records(tmp_path / "one", "step")[0]["nll_by_source"] == {}
+    assert records(tmp_path / "one", "evaluation")[0]["nll_by_source"] == {}
+
+
+def test_the_nll_of_sources_is_the_same_to_the_bit_after_a_resume(tmp_path: Path) -> None:
+    train = Dataset(TRAIN, source_names=[f"s{number % 2}" for number in range(len(TRAIN))])
+    halves = tmp_path / "halves"
+    build_trainer(tmp_path / "steady", train, max_steps=4, batch_size=4, schedule="constant").train()
+    build_trainer(halves, train, max_steps=2, batch_size=4, save_every=2, schedule="constant").train()
+    build_trainer(halves, train, max_steps=4, batch_size=4, save_every=2, schedule="constant").train()
+    split = [record["nll_by_source"] for record in records(halves, "step")]
+    assert split == [record["nll_by_source"] for record in records(tmp_path / "steady", "step")]
+    assert len(split) == 4
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
