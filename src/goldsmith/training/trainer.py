@@ -57,6 +57,12 @@ class TrainingConfig(BaseModel):
     shared_context: Literal["auto", "off"] = Field(
         "auto", description="carry a context that several rows of a micro-batch begin with once: changes no number"
     )
+    trainable: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="globs over parameter names, in order, `!` takes away (`[model.layers.2?.*, '!*.bias']`); the rest is frozen; "
+        "null: all",
+    )
     log_update_ratio_every: int = Field(10, gt=0, description="steps between two measurements of update_to_weight")
 
 
