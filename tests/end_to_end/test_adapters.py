@@ -233,14 +233,25 @@ def test_parameters_chosen_by_glob(
 
 
 @pytest.mark.parametrize(
-    "trained", [{"adapter": {"kind": "dora", "dropout": 0.2}}, {"training": {"trainable": ["*norm*"]}}]
+    ("trained", "by_hand"),
+    [
+        ({"adapter": {"kind": "dora", "dropout": 0.2}}, 0),
+        ({"adapter": {"kind": "lora"}}, 2),
+        ({"training": {"trainable": ["*norm*"]}}, 2),
+    ],
 )
-def test_verify_runs_what_is_trained(settings: dict[str, Any], trained: dict[str, Any]) -> None:
+def test_verify_runs_what_is_trained(
+    settings: dict[str, Any], here: Path, trained: dict[str, Any], by_hand: int
+) -> None:
+    prompt = "one long prompt before every row, so that it is shared: "
+    write_rows(here / "train.jsonl", [{**row, "prompt": prompt + row["prompt"]} for row in GOLD])
     report = workflows.verify(Recipe.from_mapping({**settings, "adapter": None, **trained}))
     assert report.holds, str(report)
-    assert report.layers_by_hand == (0 if "adapter" in trained else 2)
-    assert {cut.worst_parameter for cut in report.cuts} - {""}
-    assert all(("lora_" in cut.worst_parameter) == ("adapter" in trained) for cut in report.cuts)
+    assert report.layers_by_hand == by_hand
+    assert report.cuts[2].computed_tokens < report.tokens
+    worst = {cut.worst_parameter for cut in report.cuts} - {""}  # empty where not a bit differs
+    assert worst
+    assert all(("lora_" in name) == ("adapter" in trained) for name in worst)
 
 
 def test_what_cannot_be_is_refused_before_training(settings: dict[str, Any]) -> None:

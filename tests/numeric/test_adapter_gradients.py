@@ -16,9 +16,11 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from goldsmith.data.packing import pack
@@ -47,6 +49,8 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**WIDTHS),
     "qwen2": Qwen2Config(**WIDTHS),  # biases
     "gpt2": GPT2Config(vocab_size=VOCABULARY, **GPT2, **SILENT),  # Conv1D, tied embeddings
+    "qwen3": Qwen3Config(**WIDTHS, head_dim=6),  # norms of queries and keys
+    "mistral": MistralConfig(**WIDTHS, sliding_window=4),
     "gemma2": Gemma2Config(**WIDTHS, head_dim=6, sliding_window=4, attn_logit_softcapping=2.0),
 }
 RANK, ALPHA = 3, 5.0
@@ -174,11 +178,12 @@ def test_gradient_of_every_adapter_weight(family: str, kind: str) -> None:
     assert largest_error(gradients, true_gradients) <= 1e-6
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("targets", ["layers.0.*", "layers.1.*", "layers.1.self_attn.q_proj"])
-def test_adapters_in_some_layers(targets: str) -> None:
+def test_adapters_in_some_layers(targets: str, kind: str) -> None:
     """The other layers are plain ones, which may be computed by hand."""
-    model, reference = build("llama"), build("llama", "sdpa")
-    config = AdapterConfig(rank=RANK, alpha=ALPHA, target_modules=(targets,))
+    model, reference = build("qwen2"), build("qwen2", "sdpa")
+    config = AdapterConfig(kind=kind, rank=RANK, alpha=ALPHA, target_modules=(targets,))
     for one in (model, reference):
         attach_adapter(one, config, base=BASE, at_random=True)
     loss, gradients = packed(model)
@@ -186,6 +191,17 @@ def test_adapters_in_some_layers(targets: str) -> None:
     assert abs(loss - true_loss) <= 1e-9 * abs(true_loss)
     assert largest_error(gradients, true_gradients) <= 1e-6
     assert {name.split(".")[2] for name in gradients} == {targets.split(".")[1]}
+
+
+def test_weights_beside_factors_that_are_trained_too() -> None:
+    """What peft does not do, and the layers from pieces would: all weights, biases and factors together."""
+    model, reference = build("qwen2"), build("qwen2", "sdpa")
+    for one in (model, reference):
+        attach_adapter(one, AdapterConfig(rank=RANK, alpha=ALPHA), base=BASE, at_random=True)
+        one.requires_grad_(True)
+    (loss, gradients), (true_loss, true_gradients) = packed(model), plain(reference)
+    assert abs(loss - true_loss) <= 1e-9 * abs(true_loss)
+    assert largest_error(gradients, true_gradients) <= 1e-6
 
 
 def test_another_scale_is_seen() -> None:

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from goldsmith.errors import ModelError
+from goldsmith.models.adapted_layers import install_adapted_layers
 from goldsmith.models.attention import PACKED_ATTENTION
 from goldsmith.models.attention_cuda import width_fits_varlen
 from goldsmith.models.decoder_layers import install_decoder_layers
@@ -41,7 +42,10 @@ class LikelihoodModel(nn.Module):
         self.label_smoothing = label_smoothing
         self.use_packed_attention()
         # Layers computed by hand leave out, in the last of them, all positions but the gold. They are made for a CPU.
-        self.num_layers_by_hand = install_decoder_layers(causal_lm) if self.device.type == "cpu" else 0
+        is_cpu = self.device.type == "cpu"
+        self.num_layers_by_hand = (
+            install_decoder_layers(causal_lm) or install_adapted_layers(causal_lm) if is_cpu else 0
+        )
 
     def use_packed_attention(self) -> None:
         """Set the model's attention to packed, as it must be for `forward`."""

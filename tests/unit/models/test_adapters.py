@@ -139,14 +139,28 @@ def test_only_the_adapter_is_trained_and_it_changes_nothing_yet() -> None:
     assert not torch.equal(dict(other.named_parameters())[first], dict(model.named_parameters())[first])
 
 
-def test_layers_by_hand_know_plain_weights_only() -> None:
+@pytest.mark.parametrize(
+    ("settings", "by_hand"),
+    [
+        ({}, 3),
+        ({"kind": "rslora", "target_modules": ("layers.1.*",)}, 3),
+        ({"modules_to_save": ("layers.1.mlp", "norm")}, 3),
+        ({"modules_to_save": ("layers.1.input_layernorm",)}, 0),
+        ({"kind": "dora"}, 0),
+        ({"dropout": 0.1}, 0),
+    ],
+)
+def test_layers_from_pieces_know_plain_factors_only(settings: dict[str, Any], by_hand: int) -> None:
     model = llama()
-    attach_adapter(model, AdapterConfig(), base=BASE)
-    assert LikelihoodModel(model).num_layers_by_hand == 0
-    plain = llama()
-    assert LikelihoodModel(plain).num_layers_by_hand == 3
+    attach_adapter(model, AdapterConfig(**settings), base=BASE)
+    assert LikelihoodModel(model).num_layers_by_hand == by_hand
+
+
+def test_an_adapter_comes_before_the_layers_are_replaced() -> None:
+    model = llama()
+    assert LikelihoodModel(model).num_layers_by_hand == 3
     with pytest.raises(AssertionError, match="replaced already"):
-        attach_adapter(plain, AdapterConfig(), base=BASE)
+        attach_adapter(model, AdapterConfig(), base=BASE)
 
 
 @pytest.mark.parametrize(
