@@ -46,10 +46,14 @@ class _Part:
 
 
 def install_adapted_layers(causal_lm: PreTrainedModel) -> int:
-    """Replace the forward of every decoder layer, and of the final norm; returns how many layers: all of them, or none."""
+    """Replace the forward of every decoder layer, and of the final norm; returns how many layers: all of them, or none.
+
+    None where a part of some layer is unknown, and where there are no factors, which is for `install_decoder_layers`.
+    """
     decoder = causal_lm.get_decoder()
     layers: list[Any] = [module for module in decoder.modules() if type(module) in LAYERS]
-    if not layers or not all(_is_known(layer) for layer in layers):
+    has_factors = any(_is_lora(module) for module in decoder.modules())
+    if not layers or not has_factors or not all(_is_known(layer) for layer in layers):
         return 0
     for layer in layers:
         layer.forward = partial(_forward, layer, layer is layers[-1])
@@ -163,21 +167,22 @@ class _Linears(torch.autograd.Function):
         ctx: Any, x_ND: torch.Tensor, scales: tuple[float, ...], *tensors: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
         outputs: list[torch.Tensor] = []
-        inner: list[torch.Tensor | None] = []
+        inner_Nr: list[torch.Tensor | None] = []
         for scale, (weight, bias, a, b) in zip(scales, _in_fours(tensors), strict=True):
             assert weight is not None
             out = torch.mm(x_ND, weight.T) if bias is None else torch.addmm(bias, x_ND, weight.T)
-            inner.append(None)
+            inner = None
             if a is not None and b is not None:
-                inner[-1] = torch.mm(x_ND, a.T)
-                out.addmm_(inner[-1], b.T, alpha=scale)
+                inner = torch.mm(x_ND, a.T)
+                out.addmm_(inner, b.T, alpha=scale)
+            inner_Nr.append(inner)
             outputs.append(out)
         ctx.scales = scales
         # The input is wanted for weights and factors only.
         is_wanted = any(
             ctx.needs_input_grad[place] for place in range(2, len(tensors) + 2) if (place - 2) % 4 in (0, 2)
         )
-        ctx.save_for_backward(x_ND if is_wanted else None, *tensors, *inner)
+        ctx.save_for_backward(x_ND if is_wanted else None, *tensors, *inner_Nr)
         return tuple(outputs)
 
     @staticmethod
@@ -208,7 +213,7 @@ class _Linears(torch.autograd.Function):
 
 def _in_fours(values: Sequence[Any]) -> list[tuple[Any, Any, Any, Any]]:
     """Weight, bias and factors of each layer."""
-    return [(*values[start : start + 4],) for start in range(0, len(values), 4)]  # type: ignore[misc]
+    return [(*values[start : start + 4],) for start in range(0, len(values), 4)]
 
 
 class _Rotation(torch.autograd.Function):
