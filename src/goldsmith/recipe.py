@@ -35,6 +35,7 @@ from goldsmith.data.rendering import RenderingConfig
 from goldsmith.data.rows import DataConfig, SourceConfig
 from goldsmith.data.tokenizer import TokenizerConfig
 from goldsmith.errors import ConfigError
+from goldsmith.models.adapters import AdapterConfig
 from goldsmith.models.load import ModelConfig
 from goldsmith.objective.cross_entropy import ObjectiveConfig
 from goldsmith.training.checkpoint import CheckpointConfig
@@ -63,6 +64,7 @@ class Recipe(BaseModel):
     tokenizer: TokenizerConfig = Field(
         default_factory=TokenizerConfig, description="the model's own, unless one is named"
     )
+    adapter: AdapterConfig | None = Field(default=None, description="train an adapter; null: all of the model")
     data: DataConfig = Field(description="the gold: files to train on and to evaluate on")
     rendering: RenderingConfig = Field(default_factory=RenderingConfig, description="from rows to tokens and weights")
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="what is minimised")
@@ -95,6 +97,10 @@ class Recipe(BaseModel):
                 raise ValueError("data.train is streamed and has no end; set training.max_steps")
             if self.tokenizer.train is not None:
                 raise ValueError("tokenizer.train learns from all rows, but data.train is streamed; set tokenizer.path")
+        if self.adapter is not None and from_nothing:
+            raise ValueError("adapter trains beside frozen weights, but those of model.init are random; use model.path")
+        if self.adapter is not None and self.training.trainable is not None:
+            raise ValueError("adapter and training.trainable both choose what is trained; remove one of them")
         return self
 
     @classmethod

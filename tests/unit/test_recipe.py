@@ -100,8 +100,8 @@ def test_a_recipe_is_frozen(load: Load) -> None:
         ("batch_size: 3\n", ":3", "batch_size", "`training.batch_size`"),
         ("Objective: {}\n", ":3", "Objective", "`objective`"),
         ("outputdir: x\n", ":3", "outputdir", "`output_dir`"),
+        ("adapters: {kind: lora}\n", ":3", "adapters", "`adapter`"),
         # keys of rooms that do not exist yet
-        ("adapter: {kind: lora}\n", ":3", "adapter", "known here: model, "),
         ("trackers: []\n", ":3", "trackers", "known here: model, "),
         ("report: true\n", ":3", "report", "known here: model, "),
     ],

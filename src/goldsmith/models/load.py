@@ -13,7 +13,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -22,15 +22,25 @@ import torch
 import transformers
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from goldsmith.data.tokenizer import load_tokenizer
 from goldsmith.errors import ConfigError, MachineError, ModelError
+from goldsmith.models.adapters import adapter_base, merge_adapter
 
 __all__ = [
     "DtypeName",
     "ModelConfig",
+    "fit_embeddings",
     "init_causal_lm",
     "load_causal_lm",
     "load_config",
@@ -41,6 +51,7 @@ __all__ = [
     "resolve_model_folder",
     "silence_randomness",
     "stored_dtype",
+    "tokenizer_folder",
 ]
 
 # Typed as Any: its classmethods return different things for different flags, or are not annotated.
@@ -61,6 +72,7 @@ _SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # What of a hub repository describes the model; its weights are fetched by name afterwards.
@@ -96,6 +108,10 @@ class ModelConfig(BaseModel):
         default=None,
         description="A new model with random weights: `architecture` (such as llama) and its own settings.",
     )
+    new_tokens: tuple[str, ...] = Field(
+        default=(),
+        description="Texts that become one token each; their embeddings begin as the mean of all others, and are trained.",
+    )
 
     @model_validator(mode="after")
     def _exactly_one_source(self) -> ModelConfig:
@@ -106,6 +122,10 @@ class ModelConfig(BaseModel):
             raise ValueError("`revision` goes with `path`, not with `init`")
         if self.init is not None and not isinstance(self.init.get("architecture"), str):
             raise ValueError("`init` needs `architecture`, such as `llama`")
+        if self.init is not None and self.new_tokens:
+            raise ValueError("`new_tokens` goes with `path`; with `init` set `tokenizer.train.special_tokens`")
+        if any(not token for token in self.new_tokens) or len(set(self.new_tokens)) != len(self.new_tokens):
+            raise ValueError("`new_tokens` holds an empty text, or one twice")
         return self
 
 
@@ -165,22 +185,38 @@ def load_causal_lm(
     revision: str | None = None,
     dtype: DtypeName = "auto",
     device: str | torch.device = "auto",
+    quantization: Any | None = None,
 ) -> PreTrainedModel:
     """A published causal language model: all of its weights and nothing but them, from safetensors only.
 
     The parameters are float32 (master weights; float64 for `dtype="float64"`), in evaluation mode, on `device`. What
     dtype the files hold is kept: see `stored_dtype`. Randomness is not touched: see `silence_randomness`.
+    The folder of an adapter gives its base model with the adapter merged into it.
+
+    Args:
+        quantization: how weights that stay frozen are stored (a quantisation configuration of `transformers`).
 
     Raises:
         ModelError: no such folder or hub id; no configuration or safetensors; remote code; not a causal language model;
-            quantised; an adapter; damaged files; weights that are missing, unexpected or of another shape.
+            quantised; damaged files; weights that are missing, unexpected or of another shape; an adapter that does not
+            fit its base model.
     """
     folder = resolve_model_folder(path, revision=revision)
+    base = adapter_base(folder, name=str(path))
+    if base is not None:
+        model = load_causal_lm(base.path, revision=base.revision, dtype=dtype, device=device)
+        if _has_tokenizer(folder):
+            fit_embeddings(model, load_tokenizer(folder))
+        return merge_adapter(model, folder, name=str(path))
     config = load_config(folder, name=str(path))
     weight_files = _weight_files(folder, name=str(path))
     stored = _check_weight_files(weight_files)
     resolved_device = device if isinstance(device, torch.device) else resolve_device(device)
     num_bytes = sum(file.stat().st_size for file in weight_files)
+    # Weights of few bits cannot be moved afterwards.
+    quantized = (
+        {} if quantization is None else {"quantization_config": quantization, "device_map": {"": resolved_device}}
+    )
     try:
         with quiet_transformers(progress_bar=num_bytes > _PROGRESS_BAR_BYTES):
             loaded, loading_info = _auto_model.from_pretrained(
@@ -193,6 +229,7 @@ def load_causal_lm(
                 output_loading_info=True,
                 # Listed in the loading info, by name and shape, and refused there.
                 ignore_mismatched_sizes=True,
+                **quantized,
             )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(
@@ -200,7 +237,7 @@ def load_causal_lm(
             remedy="check that config.json and the safetensors files belong together, or fetch the model again",
         ) from error
     _check_loading_info(loading_info, name=str(path))
-    return _ready(loaded, resolved_device, stored)
+    return _ready(loaded, resolved_device, stored, is_placed=quantization is not None)
 
 
 def resolve_model_folder(path: str | Path, *, revision: str | None = None) -> Path:
@@ -243,7 +280,7 @@ def _fetch_from_hub(hub_id: str, revision: str | None) -> Path:
     try:
         folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_DESCRIPTION_FILES)))
         # The first call resolved the revision to a commit, the folder's name: both calls must read the same one.
-        names = _indexed_names(folder, name=hub_id) or ["model.safetensors"]
+        names = _indexed_names(folder, name=hub_id) or ["model.safetensors", "adapter_model.safetensors"]
         snapshot_download(hub_id, revision=folder.name, allow_patterns=names)
     except GatedRepoError as error:
         raise ModelError(
@@ -274,19 +311,20 @@ def load_config(folder: Path, *, name: str | None = None) -> PreTrainedConfig:
     """The configuration in `folder`, checked to be that of a decoder-only causal language model of `transformers`.
 
     Args:
-        folder: holds config.json.
+        folder: holds config.json, or an adapter: then it is that of its base model.
         name: how messages call the model; the folder by default.
 
     Raises:
         ModelError: missing or invalid config.json; remote code; an unknown or another kind of model; quantised; an
-            adapter.
+            adapter beside a model.
     """
     name = str(folder) if name is None else name
-    adapter_hint = "merge the adapter into its base model first (peft: merge_and_unload, save_pretrained)"
+    adapter_hint = "move the adapter into a folder of its own: a folder is the one or the other"
+    base = adapter_base(folder, name=name)
+    if base is not None:
+        return load_config(resolve_model_folder(base.path, revision=base.revision), name=base.path)
     config_file = folder / "config.json"
     if not config_file.is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise ModelError(f"{name}: holds an adapter, not a model (adapter_config.json)", remedy=adapter_hint)
         raise ModelError(f"{name}: has no config.json", remedy="give a folder written by save_pretrained")
     if (folder / "adapter_config.json").is_file():
         raise ModelError(f"{name}: holds an adapter beside the model (adapter_config.json)", remedy=adapter_hint)
@@ -527,6 +565,60 @@ def init_causal_lm(
     return _ready(model, resolved_device, model.dtype)
 
 
+# ------------------------------------------------------------------------------------------------------- the vocabulary
+
+
+def tokenizer_folder(path: str, *, revision: str | None = None) -> tuple[str, str | None]:
+    """Where the tokenizer of a model is, and its revision: in the model's folder; of an adapter without one, the base's."""
+    folder = Path(path).expanduser()
+    base = adapter_base(folder, name=path) if folder.is_dir() and not _has_tokenizer(folder) else None
+    return (path, revision) if base is None else tokenizer_folder(base.path, revision=base.revision)
+
+
+def _num_rows(model: PreTrainedModel) -> int:
+    inputs: Any = model.get_input_embeddings()
+    return int(inputs.weight.shape[0])
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
+@torch.no_grad()
+def fit_embeddings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, new_token_ids: Iterable[int] = ()
+) -> int:
+    """Give every token of the tokenizer a row of the embeddings; returns how many rows were added.
+
+    A new row is the mean of the old ones, of the input and of the output embedding, so no random number is drawn and nothing
+    depends on the device; tied embeddings stay tied. A model that has rows enough keeps them as they are, but for those named.
+
+    Args:
+        new_token_ids: tokens that are new although the model has a row for them (published models are often padded): such
+            a row was never trained, and is set to the mean, too.
+    """
+    old = _num_rows(model)
+    needed = 1 + max(tokenizer.get_vocab().values())
+    added = max(0, needed - old)
+    if added:
+        with quiet_transformers(progress_bar=False), torch.random.fork_rng(devices=[]):
+            model.resize_token_embeddings(needed, mean_resizing=False)
+    new = sorted({*new_token_ids, *range(old, old + added)})
+    if not new:
+        return 0
+    known = torch.ones(old + added, dtype=torch.bool)
+    known[new] = False
+    inputs: Any = model.get_input_embeddings()
+    output: Any = model.get_output_embeddings()
+    tensors = [inputs.weight]
+    if output is not None:
+        tensors += [] if output.weight is inputs.weight else [output.weight]
+        tensors += [] if getattr(output, "bias", None) is None else [output.bias]
+    for tensor in tensors:
+        tensor[new] = tensor[known.to(tensor.device)].double().mean(dim=0).to(tensor.dtype)
+    return added
+
+
 # ----------------------------------------------------------------------------------------------------------- randomness
 
 
@@ -605,10 +697,10 @@ def quiet_transformers(*, progress_bar: bool) -> Iterator[None]:
                 _logging.enable_progress_bar()
 
 
-def _ready(model: Any, device: torch.device, stored: torch.dtype) -> PreTrainedModel:
-    """On its device, in evaluation mode, with its files' dtype remembered."""
+def _ready(model: Any, device: torch.device, stored: torch.dtype, *, is_placed: bool = False) -> PreTrainedModel:
+    """On its device (where it `is_placed` already it is left there), in evaluation mode, with its files' dtype remembered."""
     try:
-        model = model.to(device).eval()
+        model = (model if is_placed else model.to(device)).eval()
     except torch.OutOfMemoryError as error:
         raise MachineError(
             f"{model.num_parameters():,} parameters in {model.dtype} do not fit into the memory of {device}",

@@ -4,10 +4,14 @@
 
 A checkpoint is written to a folder with another name, forced to the disk, and renamed. One that bears its final name is
 therefore complete; what a killed process left lies under names that start with a dot, and is removed at the next start.
+
+Where only a part of the model is trained (an adapter, chosen parameters), only that part is in it, with a fingerprint of the rest,
+which is loaded again from where it came.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -41,8 +45,8 @@ class CheckpointConfig(BaseModel):
 
 
 def checkpoint_bytes(model: torch.nn.Module) -> int:
-    """Bytes of one checkpoint: the weights and two moments of those that are trained."""
-    return sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in model.parameters())
+    """Bytes of one checkpoint: what is trained, and two moments of it."""
+    return sum(p.numel() * p.element_size() * 3 for p in model.parameters() if p.requires_grad)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +83,7 @@ class CheckpointStore:
         temporary.mkdir(parents=True)
         try:
             weights = {name: tensor.contiguous() for name, tensor in _weights(model).items()}
-            save_file(weights, temporary / "model.safetensors")
+            save_file(weights, temporary / "model.safetensors", metadata={"frozen": _frozen_fingerprint(model)})
             fail_point("checkpoint.model")
             save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
             fail_point("checkpoint.optimizer")
@@ -136,17 +140,37 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
                     remedy="use the model that the run began with",
                 )
             tensor.copy_(stored)
+        if (file.metadata() or {}).get("frozen", "") != _frozen_fingerprint(model):
+            raise CheckpointError(
+                f"{path}: the frozen weights of the model are not those that the run began with",
+                remedy="restore the folder that model.path names, or train anew in another output_dir",
+            )
 
 
 def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by name, shared ones once."""
+    """Trained parameters and persistent buffers by name, shared ones once."""
     tensors: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
+    changing = {id(p) for p in model.parameters() if p.requires_grad} | {id(buffer) for buffer in model.buffers()}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
+        if id(tensor) in changing and id(tensor) not in seen:
             seen.add(id(tensor))
             tensors[name] = tensor.detach()
     return tensors
+
+
+def _frozen_fingerprint(model: torch.nn.Module) -> str:
+    """Of the parameters that are not trained; empty where there are none. The same for any number of threads.
+
+    Their bytes are summed as integers, which is exact in any order, and takes one pass over them.
+    """
+    digest = hashlib.sha256()
+    frozen = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for name, parameter in frozen:
+        total = parameter.detach().view(integers[parameter.element_size()]).sum(dtype=torch.int64)
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {int(total)}\n".encode())
+    return digest.hexdigest() if frozen else ""
 
 
 def _moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:

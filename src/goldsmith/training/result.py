@@ -14,13 +14,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from goldsmith.data.loader import Dataset
 from goldsmith.data.packing import pack
 from goldsmith.errors import ModelError
+from goldsmith.models.adapters import Adapter
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.storage import fail_point, replace_folder
 
-__all__ = ["Parity", "check_parity", "save_model"]
+__all__ = ["Parity", "check_merged", "check_parity", "save_adapter", "save_model"]
 
 # Largest difference of a log-probability between the loaded folder and the packed path, both float32.
 PARITY_TOLERANCE = 1e-5
+# Between a model with its adapter beside the weights and with the adapter added into them, both float32: other products.
+MERGE_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +35,14 @@ class Parity:
         largest_difference: of a token's log-probability, between the folder as `transformers` loads it, one example at a
             time through its own logits, and the same weights through the packed path; float32, nats.
         rounding_cost: nll a token of the saved weights minus that of the trained ones: what the precision of the files cost.
+        merge_difference: largest difference of a log-probability between the adapter added into the weights, before these are
+            rounded, and the adapter as it was trained; None without an adapter.
     """
 
     examples: int
     largest_difference: float
     rounding_cost: float
+    merge_difference: float | None = None
 
 
 def save_model(
@@ -84,6 +90,20 @@ def save_model(
     fail_point("export.renamed")
 
 
+def save_adapter(adapter: Adapter, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the adapter as `peft` loads it, with the tokenizer, which may have tokens that the base model's lacks."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    try:
+        adapter.save(temporary)
+        tokenizer.save_pretrained(temporary)
+        replace_folder(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
 def _state_in(dtype: torch.dtype, model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Every tensor by name, floating ones in `dtype`; tied ones stay one tensor, so that they are written once."""
     cast: dict[int, torch.Tensor] = {}
@@ -108,6 +128,26 @@ def _set_config(model: PreTrainedModel, values: Mapping[str, object]) -> dict[st
         before[path] = getattr(holder, parts[-1])
         setattr(holder, parts[-1], value)
     return before
+
+
+@torch.no_grad()
+def check_merged(merged: PreTrainedModel, trained: LikelihoodModel, data: Dataset, *, examples: int = 8) -> float:
+    """The largest difference of a log-probability between the merged model and the one with its adapter beside the weights.
+
+    Raises:
+        ModelError: it is more than rounding. Weights of 4 bits are not judged: what is merged into are the unrounded ones.
+    """
+    batch = pack(data, range(min(examples, len(data)))).to(trained.device)
+    own_K = LikelihoodModel(merged.to(trained.device))(batch).log_probs_K  # type: ignore[arg-type]
+    trained_K = trained(batch).log_probs_K
+    difference = float((own_K.double() - trained_K.double()).abs().max())
+    is_quantized = getattr(trained.causal_lm, "is_quantized", False)
+    if not is_quantized and not difference <= MERGE_TOLERANCE * max(1.0, float(trained_K.abs().max())):
+        raise ModelError(
+            f"merging the adapter changes log-probabilities by {difference:.1e}",
+            remedy="please report this; the adapter itself is saved, and its base model is where it was loaded from",
+        )
+    return difference
 
 
 @torch.no_grad()

@@ -68,6 +68,12 @@ class TrainingConfig(BaseModel):
     memory_limit: int | str | None = Field(
         None, description="what `auto` may plan with: bytes, or such as 8GB; null: what the machine has free"
     )
+    trainable: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="globs over parameter names, in order, `!` takes away (`[model.layers.2?.*, '!*.bias']`); the rest is frozen; "
+        "null: all",
+    )
     log_update_ratio_every: int = Field(10, gt=0, description="steps between two measurements of update_to_weight")
 
     @field_validator("memory_limit")

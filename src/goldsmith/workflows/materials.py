@@ -4,19 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from tokenizers import AddedToken
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from goldsmith.data.loader import Dataset, load_dataset, read_texts
 from goldsmith.data.rendering import Renderer
 from goldsmith.data.stream import ExampleStream
 from goldsmith.data.tokenizer import load_tokenizer, train_tokenizer
-from goldsmith.models.load import DtypeName, init_causal_lm, load_causal_lm, load_config, resolve_model_folder
+from goldsmith.errors import ConfigError
+from goldsmith.models.adapters import (
+    Adapter,
+    AdapterBase,
+    adapter_base,
+    attach_adapter,
+    quantization_of,
+    require_peft,
+    select_trainable,
+)
+from goldsmith.models.load import (
+    DtypeName,
+    fit_embeddings,
+    init_causal_lm,
+    load_causal_lm,
+    load_config,
+    resolve_model_folder,
+    tokenizer_folder,
+)
 from goldsmith.recipe import Recipe
 
-__all__ = ["RowList", "Rows", "causal_lm_of", "dataset_of", "own_limit_of", "stream_of", "tokenizer_of"]
+__all__ = [
+    "RowList",
+    "Rows",
+    "causal_lm_of",
+    "choose_trained",
+    "dataset_of",
+    "own_limit_of",
+    "stream_of",
+    "tokenizer_of",
+]
 
 Rows = Iterable[Mapping[str, object]]
 RowList = Sequence[Mapping[str, object]]
@@ -29,9 +57,21 @@ def tokenizer_of(recipe: Recipe, train_rows: RowList | None) -> PreTrainedTokeni
             recipe.data.train if train_rows is None else train_rows, config=recipe.data, base_folder=Path.cwd()
         )
         return train_tokenizer(recipe.tokenizer.train, [*contexts, recipe.rendering.separator], gold_texts=golds)
-    path = recipe.tokenizer.path or recipe.model.path
-    assert path is not None
-    return load_tokenizer(path, revision=recipe.model.revision if recipe.tokenizer.path is None else None)
+    if recipe.tokenizer.path is not None:
+        tokenizer = load_tokenizer(recipe.tokenizer.path)
+    else:
+        assert recipe.model.path is not None
+        folder, revision = tokenizer_folder(recipe.model.path, revision=recipe.model.revision)
+        tokenizer = load_tokenizer(folder, revision=revision)
+    known = tokenizer.get_vocab()
+    for token in recipe.model.new_tokens:
+        if token in known:
+            raise ConfigError(
+                f"model.new_tokens: {token!r} is a token of the model already, number {known[token]}",
+                remedy="take it out",
+            )
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in recipe.model.new_tokens])
+    return tokenizer
 
 
 def own_limit_of(recipe: Recipe) -> int | None:
@@ -70,11 +110,22 @@ def stream_of(recipe: Recipe, renderer: Renderer) -> ExampleStream:
 def causal_lm_of(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, *, dtype: DtypeName | None = None
 ) -> PreTrainedModel:
-    """The published model, or the new one, on its device; `dtype` in place of the recipe's."""
+    """The published model, or the new one, on its device; `dtype` in place of the recipe's.
+
+    It has a row of its embeddings for every token of the tokenizer; see `fit_embeddings`.
+    """
     if recipe.model.path is not None:
-        return load_causal_lm(
-            recipe.model.path, revision=recipe.model.revision, dtype=dtype or recipe.model.dtype, device=device
+        if recipe.adapter is not None:
+            require_peft()
+        causal_lm = load_causal_lm(
+            recipe.model.path,
+            revision=recipe.model.revision,
+            dtype=dtype or recipe.model.dtype,
+            device=device,
+            quantization=quantization_of(recipe.adapter, device),
         )
+        fit_embeddings(causal_lm, tokenizer, new_token_ids=_ids_of_new_tokens(recipe, tokenizer))
+        return causal_lm
     assert recipe.model.init is not None
     return init_causal_lm(
         recipe.model.init,
@@ -86,3 +137,64 @@ def causal_lm_of(
         dtype=dtype or recipe.model.dtype,
         device=device,
     )
+
+
+def choose_trained(
+    recipe: Recipe, causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, at_random: bool = False
+) -> Adapter | None:
+    """Freeze what the recipe does not train, and put its adapter into the model; None where it has none.
+
+    To be done after the model's own randomness is silenced (an adapter's dropout is asked for) and before `LikelihoodModel`.
+
+    Args:
+        at_random: an adapter with both factors random and without dropout, for verifying.
+
+    Raises:
+        ConfigError: a name that matches nothing, or new tokens that would not be trained.
+    """
+    new_token_ids = _new_token_ids(recipe, causal_lm, tokenizer)
+    if recipe.adapter is not None:
+        assert recipe.model.path is not None
+        if adapter_base(resolve_model_folder(recipe.model.path, revision=recipe.model.revision)) is not None:
+            raise ConfigError(
+                f"model.path: {recipe.model.path} is an adapter itself, and an adapter names one base model",
+                remedy="give the merged model (RUN/model in place of RUN/adapter), or leave `adapter:` out",
+            )
+        return attach_adapter(
+            causal_lm,
+            recipe.adapter.model_copy(update={"dropout": 0.0}) if at_random else recipe.adapter,
+            base=AdapterBase(path=recipe.model.path, revision=recipe.model.revision),
+            seed=recipe.training.seed,
+            new_token_ids=new_token_ids,
+            at_random=at_random,
+        )
+    if recipe.training.trainable is not None:
+        select_trainable(causal_lm, recipe.training.trainable)
+        embeddings = [causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()]
+        names = {id(module): name for name, module in causal_lm.named_modules()}
+        for module in embeddings:
+            if new_token_ids and module is not None and not module.weight.requires_grad:
+                raise ConfigError(
+                    f"training.trainable freezes {names[id(module)]}, but {len(new_token_ids)} tokens are new to the model "
+                    f"and would stay as they are made, such as {tokenizer.convert_ids_to_tokens(new_token_ids[0])!r}",
+                    remedy=f"add {names[id(module)]}.weight to training.trainable",
+                )
+    return None
+
+
+def _ids_of_new_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[token] for token in recipe.model.new_tokens]
+
+
+def _new_token_ids(recipe: Recipe, causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that the published model does not know: those named, and those beyond its own vocabulary."""
+    if recipe.model.path is None:
+        return []
+    own = (
+        load_config(resolve_model_folder(recipe.model.path, revision=recipe.model.revision))
+        .get_text_config()
+        .vocab_size
+    )
+    inputs: Any = causal_lm.get_input_embeddings()
+    return sorted({*_ids_of_new_tokens(recipe, tokenizer), *range(own, inputs.weight.shape[0])})

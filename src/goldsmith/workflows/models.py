@@ -20,7 +20,7 @@ from goldsmith.generation.generate import Generation, GenerationConfig, decode_t
 from goldsmith.generation.generate import generate as decode
 from goldsmith.generation.metrics import GenerationMetrics, measure, measure_example
 from goldsmith.models.likelihood import LikelihoodModel
-from goldsmith.models.load import DtypeName, load_causal_lm, silence_randomness
+from goldsmith.models.load import DtypeName, load_causal_lm, silence_randomness, tokenizer_folder
 from goldsmith.models.proof import prove
 from goldsmith.recipe import load_recipe
 from goldsmith.scoring.compare import Comparison
@@ -83,7 +83,7 @@ def open_model(
     revision: str | None = None,
     max_length: int | None = None,
 ) -> OpenModel:
-    """Load a model folder, a hub id or the result of a run folder; refuse what packed attention does not compute.
+    """Load a model or adapter folder, a hub id or the result of a run; refuse what packed attention does not compute.
 
     Rows are rendered as the run's recipe says where it is a run, plainly otherwise.
 
@@ -103,7 +103,8 @@ def open_model(
     causal_lm = load_causal_lm(folder, revision=revision, dtype=dtype, device=device)
     silence_randomness(causal_lm)
     prove(causal_lm.config, name=path)
-    tokenizer = load_tokenizer(folder, revision=revision)
+    tokenizer_path, tokenizer_revision = tokenizer_folder(folder, revision=revision)
+    tokenizer = load_tokenizer(tokenizer_path, revision=tokenizer_revision)
     limit = max_length or getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
     return OpenModel(
         name=path,
@@ -132,7 +133,7 @@ def score(
     """log P(y | x) of every row under a model: written out row by row, and summed up.
 
     Args:
-        model: a model folder, a run folder or a hub id.
+        model: a model folder, an adapter's folder (its base model is found by the path in it), a run folder or a hub id.
         data: a file of gold, a glob, or rows in memory.
         columns: field -> column where the file names them otherwise.
         with_tokens: write the log-probability of every gold token.

@@ -30,6 +30,7 @@ from goldsmith.data.tokenizer import load_tokenizer
 from goldsmith.errors import ConfigError, MachineError
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.load import (
+    load_causal_lm,
     resolve_device,
     silence_randomness,
     stored_dtype,
@@ -41,9 +42,18 @@ from goldsmith.storage import FolderLock, replace_folder, require_space, write_a
 from goldsmith.training.checkpoint import checkpoint_bytes
 from goldsmith.training.memory import format_bytes
 from goldsmith.training.progress import progress_reporter
-from goldsmith.training.result import Parity, check_parity, save_model
+from goldsmith.training.result import Parity, check_merged, check_parity, save_adapter, save_model
 from goldsmith.training.trainer import Trainer, TrainingResult, planned_steps
-from goldsmith.workflows.materials import RowList, Rows, causal_lm_of, dataset_of, own_limit_of, stream_of, tokenizer_of
+from goldsmith.workflows.materials import (
+    RowList,
+    Rows,
+    causal_lm_of,
+    choose_trained,
+    dataset_of,
+    own_limit_of,
+    stream_of,
+    tokenizer_of,
+)
 
 __all__ = ["RunResult", "train"]
 
@@ -119,6 +129,11 @@ class RunResult:
                 f"  loaded with transformers its log-probabilities are equal to {self.parity.largest_difference:.0e}; "
                 f"rounding to its precision cost {self.parity.rounding_cost:+.1e} nats a token"
             )
+            if self.parity.merge_difference is not None:
+                lines.append(
+                    f"adapter: {self.output_dir / 'adapter'}, in the form of peft; merged into the model above, which before "
+                    f"rounding is equal to {self.parity.merge_difference:.0e}"
+                )
         return "\n".join(lines)
 
 
@@ -211,6 +226,16 @@ def _run(
     for name, value in silenced.items():
         say(f"{name}: {value} -> 0, so that the loss depends on the data alone")
     proof = prove(causal_lm.config, name=resolved.model.path or "model.init")
+    adapter = choose_trained(resolved, causal_lm, tokenizer)
+    if adapter is not None or resolved.training.trainable is not None:
+        trained, frozen = (
+            sum(p.numel() for p in causal_lm.parameters() if p.requires_grad is wanted) for wanted in (True, False)
+        )
+        say(f"trained: {trained:,} parameters; frozen: {frozen:,}")
+    if adapter is not None and adapter.config.dropout:
+        say(
+            f"adapter.dropout: {adapter.config.dropout}: the loss is random, and cuts of a step are equal in distribution only"
+        )
     longer = int((train_data.lengths > resolved.training.tokens_per_microbatch).sum())
     if longer:
         say(
@@ -266,16 +291,26 @@ def _run(
     )
     if distributed.is_main():
         model_dir = folder / "model"
+        # As the run keeps it: what is written of one that was just learnt differs from what a resumed run writes.
+        kept_tokenizer = load_tokenizer(str(folder / TOKENIZER))
+        merge_difference = None
+        result_lm = causal_lm
+        if adapter is not None:
+            save_adapter(adapter, kept_tokenizer, folder / "adapter")
+            # From the written folder, as a user would: weights of 4 bits are thereby merged into the unrounded ones.
+            result_lm = load_causal_lm(folder / "adapter", dtype=resolved.model.dtype, device=device)
+            merge_difference = check_merged(result_lm, model.eval(), eval_data or train_data)
         save_model(
-            causal_lm,
-            # As the run keeps it: what is written of one that was just learnt differs from what a resumed run writes.
-            load_tokenizer(str(folder / TOKENIZER)),
+            result_lm,
+            kept_tokenizer,
             model_dir,
-            dtype=stored_dtype(causal_lm),
+            dtype=stored_dtype(result_lm),
             end_token_ids=sorted(renderer.end_token_ids),
             silenced=silenced,
         )
-        outcome = replace(outcome, parity=check_parity(model_dir, model, eval_data or train_data))
+        del result_lm
+        parity = check_parity(model_dir, model, eval_data or train_data)
+        outcome = replace(outcome, parity=replace(parity, merge_difference=merge_difference))
         write_atomic(folder / RESULT, json.dumps(outcome.to_json(), indent=1) + "\n")
         if stream is not None:  # only now are its rows counted
             data_report["train"] |= train_report.to_json()

@@ -15,7 +15,7 @@ from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.load import resolve_device, silence_randomness
 from goldsmith.models.proof import prove
 from goldsmith.recipe import Recipe
-from goldsmith.workflows.materials import causal_lm_of, dataset_of, own_limit_of, tokenizer_of
+from goldsmith.workflows.materials import causal_lm_of, choose_trained, dataset_of, own_limit_of, tokenizer_of
 
 __all__ = ["verify"]
 
@@ -45,6 +45,9 @@ def verify(
     renderer = Renderer(tokenizer, recipe.rendering, recipe.data.max_length or own_limit)
     data = dataset_of(recipe, renderer, "train", None)
     causal_lm: Any = causal_lm_of(recipe, tokenizer, device, dtype="float32" if dtype == "auto" else dtype)
+    silence_randomness(causal_lm)
+    # A factor that is still zero would make the gradient of the other one zero, too, and hide a fault in it.
+    choose_trained(recipe, causal_lm, tokenizer, at_random=True)
     if dtype == "auto":
         # Weights and two sets of gradients, eight bytes each.
         needed = 3 * 8 * sum(parameter.numel() for parameter in causal_lm.parameters())
@@ -53,7 +56,6 @@ def verify(
     if causal_lm.dtype == torch.float64 and causal_lm._can_set_experts_implementation():
         # The grouped products of experts know no float64.
         causal_lm.set_experts_implementation("eager")
-    silence_randomness(causal_lm)
     name = recipe.model.path or f"a new {causal_lm.config.model_type}"
     proof = prove(causal_lm.config, name=name)
     model = LikelihoodModel(causal_lm, label_smoothing=recipe.objective.label_smoothing)

@@ -226,10 +226,10 @@ class TestHostileFolders:
         edit_config(folder, lambda values: values.update(quantization_config={"quant_method": "gptq", "bits": 4}))
         self.refused(folder, "quantised", "gptq")
 
-    def test_adapter(self, folder: Path) -> None:
+    def test_adapter_of_another_family(self, folder: Path) -> None:
         (folder / "config.json").unlink()
-        (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
-        self.refused(folder, "holds an adapter, not a model", "merge")
+        (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "x", "peft_type": "IA3"}')
+        self.refused(folder, "'IA3'", "merge it")
 
     def test_adapter_beside_the_model_is_not_attached_in_silence(self, folder: Path) -> None:
         (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')

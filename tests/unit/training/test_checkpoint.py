@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from goldsmith.errors import CheckpointError
 from goldsmith.records import TrainingState
@@ -161,8 +162,27 @@ def test_another_model_is_refused(store: CheckpointStore) -> None:
         load_weights(store.path(1), narrower)
     thawed, _ = built()
     thawed.frozen.weight.requires_grad_(True)
-    with pytest.raises(CheckpointError, match="holds the state of other parameters"):
+    with pytest.raises(CheckpointError, match="holds other tensors than the model"):
         store.load(1, thawed, build_optimizer(thawed.named_parameters(), OptimizerConfig()))
+    optimizer.state.popitem()
+    store.save(model, optimizer, state(2))
+    with pytest.raises(CheckpointError, match="holds the state of other parameters"):
+        store.load(2, *built())
+
+
+def test_what_is_frozen_is_not_in_it_and_must_be_the_same(store: CheckpointStore) -> None:
+    model, optimizer = built()
+    one_update(model, optimizer)
+    folder = store.save(model, optimizer, state(1))
+    assert "frozen.weight" not in load_file(folder / "model.safetensors")
+    fresh, fresh_optimizer = built()
+    with torch.no_grad():
+        fresh.frozen.weight[1, 2] += 1e-6
+    with pytest.raises(CheckpointError, match="frozen weights of the model are not those that the run began with"):
+        store.load(1, fresh, fresh_optimizer)
+    fresh.frozen.load_state_dict(model.frozen.state_dict())
+    store.load(1, fresh, fresh_optimizer)
+    assert torch.equal(fresh.first.weight, model.first.weight)
 
 
 def test_a_size_estimate_is_no_lower_than_the_files(store: CheckpointStore) -> None:
