@@ -70,23 +70,23 @@ class Case:
 
 CASES = {
     "qwen2.5-0.5b:gsm8k-2k": Case(
-        shape=QWEN_05B, rows="gsm8k", rows_per_step=64, tokens_per_microbatch=2048, rows_per_microbatch=(8, 16), steps=6
+        shape=QWEN_05B, rows="gsm8k", rows_per_step=64, tokens_per_microbatch=2048, rows_per_microbatch=(8,), steps=6
     ),
-    "qwen2.5-0.5b:gsm8k-8k": Case(
-        shape=QWEN_05B, rows="gsm8k", rows_per_step=64, tokens_per_microbatch=8192, rows_per_microbatch=(32,), steps=6
+    "qwen2.5-0.5b:gsm8k": Case(
+        shape=QWEN_05B, rows="gsm8k", rows_per_step=64, tokens_per_microbatch=16_384, rows_per_microbatch=(32, 64), steps=6
     ),
-    "qwen2.5-0.5b:legal-8k": Case(
-        shape=QWEN_05B, rows="legal", rows_per_step=32, tokens_per_microbatch=8192, rows_per_microbatch=(8, 4), steps=6
+    "qwen2.5-0.5b:legal": Case(
+        shape=QWEN_05B, rows="legal", rows_per_step=32, tokens_per_microbatch=16_384, rows_per_microbatch=(16,), steps=6
     ),
-    "llama-3.2-1b:gsm8k-8k": Case(
-        shape=LLAMA_1B, rows="gsm8k", rows_per_step=64, tokens_per_microbatch=8192, rows_per_microbatch=(32,), steps=5
+    "llama-3.2-1b:gsm8k": Case(
+        shape=LLAMA_1B, rows="gsm8k", rows_per_step=64, tokens_per_microbatch=16_384, rows_per_microbatch=(32,), steps=5
     ),
-    "llama-3.1-8b-lora:gsm8k-2k": Case(
-        shape=LLAMA_8B, rows="gsm8k", rows_per_step=64, tokens_per_microbatch=4096, rows_per_microbatch=(16, 8), steps=4,
+    "llama-3.1-8b-lora:gsm8k": Case(
+        shape=LLAMA_8B, rows="gsm8k", rows_per_step=64, tokens_per_microbatch=8192, rows_per_microbatch=(16, 32), steps=4,
         lora_rank=16,
     ),
-    "llama-3.1-8b-lora:legal-2k": Case(
-        shape=LLAMA_8B, rows="legal", rows_per_step=16, tokens_per_microbatch=4096, rows_per_microbatch=(4, 2), steps=4,
+    "llama-3.1-8b-lora:legal": Case(
+        shape=LLAMA_8B, rows="legal", rows_per_step=16, tokens_per_microbatch=8192, rows_per_microbatch=(4,), steps=4,
         lora_rank=16,
     ),
 }  # fmt: skip
@@ -201,7 +201,7 @@ def run_goldsmith(case: Case, setting: dict[str, Any]) -> tuple[Work, Stopwatch]
     ]
     data = Dataset(examples, groups=list(range(len(examples))))
     likelihood = LikelihoodModel(model)
-    if setting["compile"]:
+    if setting.get("compile"):
         compile_layers(model)
     likelihood.train()
     optimizer = build_optimizer(likelihood.named_parameters(), OptimizerConfig(learning_rate=1e-5))
@@ -305,7 +305,7 @@ SYSTEMS: dict[str, Callable[[Case, dict[str, Any]], tuple[Work, Stopwatch]]] = {
 
 def settings_of(system: str, case: Case) -> list[dict[str, Any]]:
     if system == "goldsmith":
-        return [{"compile": True}, {"compile": False}]
+        return [{"tokens_per_microbatch": case.tokens_per_microbatch}]
     return [{"rows_per_microbatch": rows} for rows in case.rows_per_microbatch]
 
 
