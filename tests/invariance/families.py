@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["BY_HAND", "FAMILIES", "TRAINED", "VOCABULARY", "WINDOW", "build", "is_soft_capped"]
+__all__ = ["BY_HAND", "FAMILIES", "TRAINED", "TRAINED_BY_PEFT", "VOCABULARY", "WINDOW", "build", "is_soft_capped"]
 
 VOCABULARY = 41
 POSITIONS = 64
@@ -85,8 +85,10 @@ FAMILIES: dict[str, PreTrainedConfig] = {
 }
 BY_HAND = ("llama", "qwen2", "qwen3", "mistral")
 
-# What has a gradient: every parameter; those of the last layer and what follows it; low-rank additions to every matrix.
+# What has a gradient: every parameter; those of the last layer and what follows it; low-rank additions to every matrix, in ten
+# lines of our own; and the same by `peft`, whose layers the adapters of a recipe are made of.
 TRAINED = ("all", "top", "low rank")
+TRAINED_BY_PEFT = ("lora", "dora")
 
 
 def is_soft_capped(family: str) -> bool:
@@ -128,6 +130,8 @@ def build(family: str, *, trained: str = "all", dtype: torch.dtype = torch.float
                 model.get_output_embeddings().requires_grad_(True)
         elif trained == "low rank":
             _add_low_rank(layers)
+        elif trained in TRAINED_BY_PEFT:
+            _add_by_peft(model, layers, trained)
     return model.to(dtype).train()
 
 
@@ -139,3 +143,21 @@ def _add_low_rank(module: nn.Module) -> None:
             setattr(module, name, LowRank(child, *child.weight.shape))
         else:
             _add_low_rank(child)
+
+
+def _add_by_peft(model: nn.Module, layers: nn.ModuleList, kind: str) -> None:
+    """Random factors, none of them zero; for `dora` the length of each weight is trained besides."""
+    import peft
+
+    inside = set(layers.modules())
+    targets = [name for name, m in model.named_modules() if m in inside and isinstance(m, (nn.Linear, Conv1D))]
+    is_transposed = any(isinstance(module, Conv1D) for module in inside)
+    config = peft.LoraConfig(
+        r=2,
+        lora_alpha=4,
+        target_modules=targets,
+        use_dora=kind == "dora",
+        fan_in_fan_out=is_transposed,
+        init_lora_weights=False,
+    )
+    peft.inject_adapter_in_model(config, model)

@@ -6,6 +6,7 @@ The plain side is `tests/numeric/plain.py`, in float64 the truth and in float32 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from families import BY_HAND, FAMILIES, TRAINED, VOCABULARY, build, is_soft_capped
+from families import BY_HAND, FAMILIES, TRAINED, TRAINED_BY_PEFT, VOCABULARY, build, is_soft_capped
 from plain import OWN_ATTENTION, PlainRow, PlainStep, plain_step
 from small_trainer import build_trainer
 
@@ -63,7 +64,8 @@ for _name, _values in {"activation_checkpointing": ("none", "layers")}.items():
 # What is computed: the plain side has it too.
 MEANING: dict[str, tuple[Any, ...]] = {
     "family": tuple(FAMILIES),
-    "trained": TRAINED,
+    # By peft too, as soon as a recipe can have adapters.
+    "trained": TRAINED + (TRAINED_BY_PEFT if importlib.util.find_spec("goldsmith.models.adapters") else ()),
     "normalization": ("token", "example", "sum"),
     "example_weights": (False, True),
     "token_weights": (False, True),
@@ -140,7 +142,7 @@ def typical(**changes: Any) -> dict[str, Any]:
 def canonical(case: Case) -> dict[str, Any]:
     """The case without choices that its model does not have: two cases with the same canonical form run the same code."""
     plain = dict(case)
-    if case["family"] not in BY_HAND or case["trained"] == "low rank":
+    if case["family"] not in BY_HAND or case["trained"] not in ("all", "top"):
         plain["layers"] = "their own"
     if getattr(FAMILIES[case["family"]], "sliding_window", None) is not None or is_soft_capped(case["family"]):
         plain["shared_context"] = "off"
@@ -223,7 +225,7 @@ def fast_model(case: Case, dtype: torch.dtype) -> LikelihoodModel:
     else:
         with mock.patch.object(likelihood, "install_decoder_layers", return_value=0):
             model = LikelihoodModel(causal_lm)
-    is_by_hand = case["layers"] == "by hand" and case["family"] in BY_HAND and case["trained"] != "low rank"
+    is_by_hand = case["layers"] == "by hand" and case["family"] in BY_HAND and case["trained"] in ("all", "top")
     assert bool(model.num_layers_by_hand) == is_by_hand
     return model
 

@@ -13,16 +13,18 @@ import pytest
 import torch
 from matrix import ALL_AT_ONCE, run_case, typical
 
-from goldsmith.models import attention, decoder_layers, likelihood, step
-from goldsmith.models.attention import PackLayout
+from goldsmith.models import attention_cpu, decoder_layers, likelihood, step
+from goldsmith.models.layout import PackLayout
 from goldsmith.objective import normalization
 
+# The function that hands a step its packs.
+PACKS = "_packs" if hasattr(step, "_packs") else "microbatches"
 Plant = Callable[[pytest.MonkeyPatch], None]
 
 
 def mean_of_means(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each micro-batch is divided by its own weight, and the sum by their number."""
-    packs, count = step.microbatches, [0]
+    packs, count = getattr(step, PACKS), [0]
 
     def counted(*arguments: Any, **others: Any) -> Any:
         found = list(packs(*arguments, **others))
@@ -33,7 +35,7 @@ def mean_of_means(monkeypatch: pytest.MonkeyPatch) -> None:
         own = normalization.token_coefficients(batch, name)
         return own if denominator == 1.0 else own / own.sum() / count[0]
 
-    monkeypatch.setattr(step, "microbatches", counted)
+    monkeypatch.setattr(step, PACKS, counted)
     monkeypatch.setattr(step, "token_coefficients", faulty)
 
 
@@ -80,17 +82,17 @@ def example_weights_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def nll_of_another_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and gradient are right; what is written of each example is another's."""
-    packs = step.microbatches
+    packs = getattr(step, PACKS)
 
     def faulty(*arguments: Any, **others: Any) -> Any:
         return ((batch, members[::-1]) for batch, members in packs(*arguments, **others))
 
-    monkeypatch.setattr(step, "microbatches", faulty)
+    monkeypatch.setattr(step, PACKS, faulty)
 
 
 def shared_gradient_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows read a shared context and send nothing back to it: the loss is right, the gradient is not."""
-    backward = attention._flash_backward
+    backward = attention_cpu._flash_backward
 
     def faulty(*arguments: Any, **others: Any) -> tuple[torch.Tensor, ...]:
         query, key, value = backward(*arguments, **others)
@@ -99,7 +101,7 @@ def shared_gradient_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
             return query, torch.zeros_like(key), torch.zeros_like(value)
         return query, key, value
 
-    monkeypatch.setattr(attention, "_flash_backward", faulty)
+    monkeypatch.setattr(attention_cpu, "_flash_backward", faulty)
 
 
 def wider_window(monkeypatch: pytest.MonkeyPatch) -> None:
