@@ -185,6 +185,19 @@ def test_a_planted_fault_fails(tmp_path, monkeypatch, plant, model):
     assert not all(cut["holds"] for cut in values["cuts"])
 
 
+@pytest.mark.parametrize("plant", [see_a_neighbour, mean_of_means, shifted_twice, shared_gradient_dropped])
+def test_a_planted_fault_fails_in_float32_too(tmp_path, monkeypatch, plant):
+    """Where a model is too large for float64, whose limits are a hundred times tighter."""
+    recipe = load_recipe(recipe_for(tmp_path))
+    proof = workflows.verify.__globals__["prove"](
+        __import__("transformers").LlamaConfig(vocab_size=64, **SIZES), name="sound"
+    )
+    monkeypatch.setitem(workflows.verify.__globals__, "prove", lambda *_, **__: proof)
+    plant(monkeypatch)
+    report = workflows.verify(recipe, dtype="float32")
+    assert not report.holds, str(report)
+
+
 def test_a_gradient_that_is_not_a_number_is_not_hidden_by_the_next():
     fast, plain = ({key: torch.ones(2) for key in "abcd"} for _ in range(2))
     fast["b"] = torch.tensor([1.0, float("nan")])
