@@ -19,7 +19,7 @@ import pytest
 import torch
 from covering import covering_array, full_product
 from families import BY_HAND, FAMILIES
-from matrix import CUT, FACTORS, Outcome, canonical, fast_model, run_case
+from matrix import CUT, FACTORS, Outcome, canonical, fast_model, run_case, typical
 
 SEED = 1
 CASES = covering_array(FACTORS, seed=SEED)
@@ -59,6 +59,22 @@ def test_pairs(case: dict[str, Any], record_property: Any) -> None:
     for name, value in _figures(outcome).items():
         record_property(name, value)
     assert not outcome.broken, outcome.broken
+
+
+@pytest.mark.skipif("activation_checkpointing" not in CUT, reason="waits for training.activation_checkpointing")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("layers", CUT["layers"])
+def test_activations_are_computed_again_where_a_case_says_so(family: str, layers: str) -> None:
+    """The factor does what it is called: with it much less is kept for the backward pass."""
+    kept = {}
+    for value in CUT["activation_checkpointing"]:
+        case = typical(family=family, layers=layers, activation_checkpointing=value)
+        run_case(case, in_float32=False, evaluates=False)  # the plain side is cached from here on
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.nbytes) or t, lambda t: t):
+            run_case(case, in_float32=False, evaluates=False)
+        kept[value] = sum(sizes)
+    assert 0 < kept["layers"] < 0.6 * kept["none"], kept
 
 
 def test_the_errors_that_were_seen() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, build, is_soft_capped
-from matrix import ALL_AT_ONCE, examples_of, fast_model, relative_errors, rows_of, typical
+from matrix import ALL_AT_ONCE, CUT, examples_of, fast_model, relative_errors, rows_of, typical
 from plain import OWN_ATTENTION, plain_step
 from small_trainer import build_trainer, weights
 
@@ -132,7 +132,10 @@ def test_the_same_way_under_every_cut(tmp_path: Path, family: str, record_proper
     worst["a row each"] = largest_difference(family, weights(cut), truth)
 
     # Killed after step 11, resumed from step 8, with another cut before and after.
-    before = trainer_for(family, tmp_path / "resumed", "by hand", tokens_per_microbatch=90, chunk_size=5, save_every=8)
+    again = {"activation_checkpointing": "layers"} if "activation_checkpointing" in CUT else {}
+    before = trainer_for(
+        family, tmp_path / "resumed", "by hand", tokens_per_microbatch=90, chunk_size=5, save_every=8, **again
+    )
     before.progress = KilledAfter(11)
     with pytest.raises(KilledError):
         before.train()
