@@ -44,7 +44,7 @@ bench: $(DEVELOPMENT)
 faults: $(DEVELOPMENT)
 	$(BIN)/python -m pytest tests -m campaign
 
-# Half an hour on one core. What failed, or was not reached, runs again with ARGS=--last-failed or ARGS=--stepwise.
+# An hour or two on one core; SHARD=2/8 is the second of eight parts. What failed runs again with ARGS=--last-failed.
 SHARD ?= 1/1
 invariance: $(DEVELOPMENT)
 	GOLDSMITH_SHARD=$(SHARD) $(BIN)/python -m pytest tests/invariance tests/golden -s -m '' $(ARGS)
