@@ -24,7 +24,17 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["BY_HAND", "FAMILIES", "TRAINED", "TRAINED_BY_PEFT", "VOCABULARY", "WINDOW", "build", "is_soft_capped"]
+__all__ = [
+    "BY_HAND",
+    "FAMILIES",
+    "TRAINED",
+    "TRAINED_BY_HAND",
+    "TRAINED_BY_PEFT",
+    "VOCABULARY",
+    "WINDOW",
+    "build",
+    "is_soft_capped",
+]
 
 VOCABULARY = 41
 POSITIONS = 64
@@ -89,6 +99,8 @@ BY_HAND = ("llama", "qwen2", "qwen3", "mistral")
 # lines of our own; and the same by `peft`, whose layers the adapters of a recipe are made of.
 TRAINED = ("all", "top", "low rank")
 TRAINED_BY_PEFT = ("lora", "dora")
+# Layers by hand know plain weights, and the factors of peft's LoRA beside them.
+TRAINED_BY_HAND = ("all", "top", "lora")
 
 
 def is_soft_capped(family: str) -> bool:

@@ -16,7 +16,16 @@ from unittest import mock
 
 import numpy as np
 import torch
-from families import BY_HAND, FAMILIES, TRAINED, TRAINED_BY_PEFT, VOCABULARY, build, is_soft_capped
+from families import (
+    BY_HAND,
+    FAMILIES,
+    TRAINED,
+    TRAINED_BY_HAND,
+    TRAINED_BY_PEFT,
+    VOCABULARY,
+    build,
+    is_soft_capped,
+)
 from plain import OWN_ATTENTION, PlainRow, PlainStep, plain_step
 from small_trainer import build_trainer
 
@@ -142,7 +151,7 @@ def typical(**changes: Any) -> dict[str, Any]:
 def canonical(case: Case) -> dict[str, Any]:
     """The case without choices that its model does not have: two cases with the same canonical form run the same code."""
     plain = dict(case)
-    if case["family"] not in BY_HAND or case["trained"] not in ("all", "top"):
+    if case["family"] not in BY_HAND or case["trained"] not in TRAINED_BY_HAND:
         plain["layers"] = "their own"
     if getattr(FAMILIES[case["family"]], "sliding_window", None) is not None or is_soft_capped(case["family"]):
         plain["shared_context"] = "off"
@@ -225,7 +234,7 @@ def fast_model(case: Case, dtype: torch.dtype) -> LikelihoodModel:
     else:
         with mock.patch.object(likelihood, "install_decoder_layers", return_value=0):
             model = LikelihoodModel(causal_lm)
-    is_by_hand = case["layers"] == "by hand" and case["family"] in BY_HAND and case["trained"] in ("all", "top")
+    is_by_hand = case["layers"] == "by hand" and case["family"] in BY_HAND and case["trained"] in TRAINED_BY_HAND
     assert bool(model.num_layers_by_hand) == is_by_hand
     return model
 
