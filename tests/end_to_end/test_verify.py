@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 
 from goldsmith import workflows
 from goldsmith.cli import app
-from goldsmith.models import likelihood, step
+from goldsmith.errors import NumericalError
+from goldsmith.inspection.verify import _gradient_difference
+from goldsmith.models import attention_cpu, likelihood, step
 from goldsmith.models.layout import PackLayout
 from goldsmith.objective import normalization
 from goldsmith.recipe import load_recipe
@@ -108,6 +110,50 @@ def not_a_number(monkeypatch):
     monkeypatch.setattr(likelihood, "linear_cross_entropy", faulty)
 
 
+def log_probs_not_a_number(monkeypatch):
+    """The loss and its gradient are right; what evaluation and scoring read is not."""
+    objective = likelihood.linear_cross_entropy
+
+    def faulty(*arguments, **others):
+        sums = objective(*arguments, **others)
+        return dataclasses.replace(sums, log_probs_K=sums.log_probs_K * float("nan"))
+
+    monkeypatch.setattr(likelihood, "linear_cross_entropy", faulty)
+
+
+def a_gradient_not_a_number(monkeypatch):
+    """Of one parameter out of many."""
+    sound = step.forward_backward
+
+    def faulty(model, *arguments, **others):
+        sums = sound(model, *arguments, **others)
+        next(model.parameters()).grad[0, 0] = float("nan")
+        return sums
+
+    monkeypatch.setattr("goldsmith.inspection.verify.forward_backward", faulty)
+
+
+def shifted_twice(monkeypatch):
+    pack = step.pack
+
+    def faulty(*arguments):
+        batch = pack(*arguments)
+        return dataclasses.replace(batch, target_positions=batch.target_positions + 1)
+
+    monkeypatch.setattr(step, "pack", faulty)
+
+
+def shared_gradient_dropped(monkeypatch):
+    backward = attention_cpu._flash_backward
+
+    def faulty(*arguments, **others):
+        query, key, value = backward(*arguments, **others)
+        is_over_ancestor = not arguments[7] and others.get("attn_mask") is None
+        return (query, torch.zeros_like(key), torch.zeros_like(value)) if is_over_ancestor else (query, key, value)
+
+    monkeypatch.setattr(attention_cpu, "_flash_backward", faulty)
+
+
 # A model of learnt positions: rotary ones are relative, and do not care where a row begins.
 @pytest.mark.parametrize(
     ("plant", "model"),
@@ -117,6 +163,10 @@ def not_a_number(monkeypatch):
         (positions_go_on, "gpt2"),
         (wrong_scale, "llama"),
         (not_a_number, "llama"),
+        (log_probs_not_a_number, "llama"),
+        (a_gradient_not_a_number, "llama"),
+        (shifted_twice, "llama"),
+        (shared_gradient_dropped, "llama"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
@@ -135,9 +185,53 @@ def test_a_planted_fault_fails(tmp_path, monkeypatch, plant, model):
     assert not all(cut["holds"] for cut in values["cuts"])
 
 
+@pytest.mark.parametrize("plant", [see_a_neighbour, mean_of_means, shifted_twice, shared_gradient_dropped])
+def test_a_planted_fault_fails_in_float32_too(tmp_path, monkeypatch, plant):
+    """Where a model is too large for float64, whose limits are a hundred times tighter."""
+    recipe = load_recipe(recipe_for(tmp_path))
+    proof = workflows.verify.__globals__["prove"](
+        __import__("transformers").LlamaConfig(vocab_size=64, **SIZES), name="sound"
+    )
+    monkeypatch.setitem(workflows.verify.__globals__, "prove", lambda *_, **__: proof)
+    plant(monkeypatch)
+    report = workflows.verify(recipe, dtype="float32")
+    assert not report.holds, str(report)
+
+
+def test_a_gradient_that_is_not_a_number_is_not_hidden_by_the_next():
+    fast, plain = ({key: torch.ones(2) for key in "abcd"} for _ in range(2))
+    fast["b"] = torch.tensor([1.0, float("nan")])
+    difference, where = _gradient_difference(fast, plain)
+    assert difference != difference
+    assert where == "b"
+
+
+def test_a_model_that_is_not_finite_by_itself_is_no_fault_of_the_fast_path(tmp_path, monkeypatch):
+    recipe = load_recipe(recipe_for(tmp_path))
+    causal_lm_of = workflows.verify.__globals__["causal_lm_of"]
+
+    def damaged(*arguments, **others):
+        causal_lm = causal_lm_of(*arguments, **others)
+        causal_lm.model.norm.weight.data[0] = float("nan")
+        return causal_lm
+
+    monkeypatch.setitem(workflows.verify.__globals__, "causal_lm_of", damaged)
+    with pytest.raises(NumericalError, match="plain path gives a loss of nan"):
+        workflows.verify(recipe)
+
+
+def test_two_rows_are_packed_together(tmp_path):
+    outcome = CliRunner().invoke(app, ["verify", recipe_for(tmp_path), "--rows", "2", "--json"])
+    assert outcome.exit_code == 0
+    assert [cut["microbatches"] for cut in json.loads(outcome.stdout)["cuts"]][:2] == [2, 1]
+    assert CliRunner().invoke(app, ["verify", recipe_for(tmp_path), "--rows", "1"]).exit_code == 2
+
+
 def test_the_command_prints_a_table(tmp_path):
     outcome = CliRunner().invoke(app, ["verify", recipe_for(tmp_path), "--rows", "4"])
     assert outcome.exit_code == 0
+    for heading in ("d loss", "d log p", "d gradient", "allowed"):
+        assert heading in outcome.stdout
     assert "The fast path gives what the plain path gives." in outcome.stdout
 
 

@@ -10,7 +10,7 @@ Legend: B rows, T longest row, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,14 +33,23 @@ class PlainRow:
 
 @dataclass(frozen=True, kw_only=True)
 class PlainStep:
-    """Loss of a step in float64 and its gradient, by parameter name."""
+    """Loss of a step in float64 and its gradient, by parameter name; log p of every token of every row but its first."""
 
     loss: float
     gradients: dict[str, torch.Tensor]
+    log_probs: list[torch.Tensor] = field(default_factory=list)
 
 
 def plain_log_probs(model: PreTrainedModel, rows: Sequence[PlainRow]) -> list[torch.Tensor]:
     """log p of every token of every row but its first, differentiable; all rows in one right-padded batch."""
+    return [
+        log_probs_TV.gather(1, torch.tensor(row.ids[1:])[:, None]).squeeze(1)
+        for row, log_probs_TV in zip(rows, _all_log_probs(model, rows), strict=True)
+    ]
+
+
+def _all_log_probs(model: PreTrainedModel, rows: Sequence[PlainRow]) -> list[torch.Tensor]:
+    """Row by row [its tokens but the first, V]: what the model gives to every token of the vocabulary."""
     longest = max(len(row.ids) for row in rows)
     ids_BT = torch.zeros(len(rows), longest, dtype=torch.int64)
     mask_BT = torch.zeros(len(rows), longest, dtype=torch.int64)
@@ -49,19 +58,23 @@ def plain_log_probs(model: PreTrainedModel, rows: Sequence[PlainRow]) -> list[to
         mask_BT[number, : len(row.ids)] = 1
     logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
     log_probs_BTV = torch.log_softmax(logits_BTV, dim=-1)
-    return [
-        torch.stack([log_probs_BTV[number, t - 1, row.ids[t]] for t in range(1, len(row.ids))])
-        for number, row in enumerate(rows)
-    ]
+    return [log_probs_BTV[number, : len(row.ids) - 1] for number, row in enumerate(rows)]
 
 
-def plain_step(model: PreTrainedModel, rows: Sequence[PlainRow], normalization: str) -> PlainStep:
-    """The loss of a step over `rows`, as the three formulas are written, and the gradient of every parameter."""
+def plain_step(
+    model: PreTrainedModel, rows: Sequence[PlainRow], normalization: str, label_smoothing: float = 0.0
+) -> PlainStep:
+    """The loss of a step over `rows`, as the three formulas are written, and the gradient of every trainable parameter."""
     model.zero_grad(set_to_none=True)
     numerator = torch.zeros((), dtype=torch.float64)
     denominator = 0.0
-    for row, log_probs in zip(rows, plain_log_probs(model, rows), strict=True):
-        nll = -sum(weight * log_prob for weight, log_prob in zip(row.weights[1:], log_probs, strict=True))
+    gold_log_probs = []
+    for row, log_probs_TV in zip(rows, _all_log_probs(model, rows), strict=True):
+        log_probs = log_probs_TV.gather(1, torch.tensor(row.ids[1:])[:, None]).squeeze(1)
+        gold_log_probs.append(log_probs.detach())
+        # Cross-entropy with the gold token's distribution, of which a part is spread over the whole vocabulary.
+        losses = -(1 - label_smoothing) * log_probs - label_smoothing * log_probs_TV.mean(dim=1)
+        nll = (torch.tensor(row.weights[1:], dtype=torch.float64) * losses).sum()
         weight_sum = sum(row.weights[1:])
         if normalization == "token":
             numerator = numerator + row.example_weight * nll
@@ -79,8 +92,9 @@ def plain_step(model: PreTrainedModel, rows: Sequence[PlainRow], normalization: 
     gradients = {
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone()
         for name, parameter in model.named_parameters()
+        if parameter.requires_grad
     }
-    return PlainStep(loss=float(loss.detach()), gradients=gradients)
+    return PlainStep(loss=float(loss.detach()), gradients=gradients, log_probs=gold_log_probs)
 
 
 def own_attention(

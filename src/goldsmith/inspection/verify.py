@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from goldsmith.data.loader import Dataset
 from goldsmith.data.packing import plan_microbatches
-from goldsmith.errors import DataError, ModelError
+from goldsmith.errors import DataError, ModelError, NumericalError
 from goldsmith.inspection.plain import PlainStep, plain_step
 from goldsmith.models.evaluate import iterate_log_probs
 from goldsmith.models.likelihood import LikelihoodModel
@@ -148,6 +149,7 @@ def verify(
 
     Raises:
         DataError: fewer than two rows, which cannot show that packed rows leave each other alone.
+        NumericalError: the plain path itself is not finite, so that there is nothing to compare with.
     """
     indices = np.arange(min(num_rows, len(data)))
     if len(indices) < 2:
@@ -160,6 +162,11 @@ def verify(
         normalization=objective.normalization,
         label_smoothing=objective.label_smoothing,
     )
+    if not math.isfinite(plain.loss):
+        raise NumericalError(
+            f"the plain path gives a loss of {plain.loss}: there is nothing to compare the fast path with",
+            remedy="look at the model's weights and at the first rows of the data",
+        )
     dtype = next(model.parameters()).dtype
     tolerance = TOLERANCES[dtype]
     lengths = data.lengths[indices]
@@ -206,10 +213,7 @@ def _cut(
     for parameter in model.causal_lm.parameters():
         parameter.grad = None
     gradient_difference, worst = _gradient_difference(gradients, plain.gradients)
-    log_probs = [
-        values for _, values in iterate_log_probs(model, data, tokens_per_microbatch=budget, indices=indices.tolist())
-    ]
-    log_prob_difference = _largest(torch.from_numpy(np.concatenate(log_probs)) - plain.log_probs.double())
+    log_prob_difference = _log_prob_difference(model, data, indices, plain, budget)
     loss_difference = abs(sums.loss - plain.loss) / max(abs(plain.loss), 1e-300)
     return Cut(
         name=name,
@@ -227,18 +231,34 @@ def _cut(
     )
 
 
+def _log_prob_difference(
+    model: LikelihoodModel,
+    data: Dataset,
+    indices: np.ndarray[Any, np.dtype[np.int64]],
+    plain: PlainStep,
+    budget: int,
+) -> float:
+    """Of any gold token, by the path of evaluation and scoring; NaN where that path refuses what it got."""
+    try:
+        values = [
+            log_probs
+            for _, log_probs in iterate_log_probs(model, data, tokens_per_microbatch=budget, indices=indices.tolist())
+        ]
+    except NumericalError:
+        return math.nan
+    return float((torch.from_numpy(np.concatenate(values)) - plain.log_probs.double()).abs().max())
+
+
 def _gradient_difference(fast: dict[str, torch.Tensor], plain: dict[str, torch.Tensor]) -> tuple[float, str]:
-    """The largest relative difference and its parameter; infinite where only one side has a gradient."""
+    """The largest relative difference and its parameter; infinite where only one side has a gradient, NaN where there is one."""
     total = float(torch.nn.utils.get_total_norm(list(plain.values())))
     worst, where = 0.0, ""
     for key in plain.keys() | fast.keys():
         if key not in fast or key not in plain:
             return float("inf"), key
         difference = float((fast[key] - plain[key]).norm()) / max(float(plain[key].norm()), 1e-3 * total, 1e-300)
-        if not difference <= worst:
+        if math.isnan(difference):
+            return difference, key  # every comparison with it is false: a later one would hide it
+        if difference > worst:
             worst, where = difference, key
     return worst, where
-
-
-def _largest(differences: torch.Tensor) -> float:
-    return float(differences.abs().max())
