@@ -6,7 +6,7 @@ those are is tried out, by rendering with and without.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,20 +180,40 @@ def _decide(undecided: Sequence[tuple[Plan, int]], template: ChatTemplate, contr
     own = [plan.conversation.messages[index].content for plan, index in undecided]
     as_they_are = texts((plan, index, content) for (plan, index), content in zip(undecided, own, strict=True))
     masked = texts((plan, index, controls.mask(content)) for (plan, index), content in zip(undecided, own, strict=True))
-    single: list[tuple[Plan, int, str, str | Failure]] = []
-    for (plan, index), content, plainly, without in zip(undecided, own, as_they_are, masked, strict=True):
+    for (plan, index), plainly, without in zip(undecided, as_they_are, masked, strict=True):
         if isinstance(plainly, Failure):  # a server is refused it, too
             plan.rejection = plan.rejection or refusal(plainly, plan.conversation)
         elif plainly != without:
-            single.extend((plan, index, token, plainly) for token in sorted(controls.spelt_in(content)))
-    found = texts(
-        (plan, index, controls.mask(content, keep=controls.spelt_in(content) - {token}))
-        for plan, index, token, _ in single
-        for content in [plan.conversation.messages[index].content]
-    )
-    for (plan, index, token, plainly), text in zip(single, found, strict=True):
-        if text != plainly:
-            plan.kept.setdefault(index, set()).add(token)
-    for plan, index in {(id(plan), index): (plan, index) for plan, index, _, _ in single}.values():
-        content = plan.conversation.messages[index].content
-        plan.messages[index]["content"] = controls.mask(content, keep=plan.kept.get(index, set()))
+            _decide_one(plan, index, plainly, texts, controls)
+
+
+def _decide_one(
+    plan: Plan,
+    index: int,
+    plainly: str,
+    texts: Callable[[Iterable[tuple[Plan, int, str]]], list[str | Failure]],
+    controls: ControlTokens,
+) -> None:
+    """Which control tokens of the content make a difference to the template, each alone or several together."""
+    content = plan.conversation.messages[index].content
+    spelt = controls.spelt_in(content) & controls.ids.keys()
+
+    def changing(keeps: Sequence[set[str]]) -> list[bool]:
+        """For each set, whether masking all tokens but these changes what the template writes."""
+        found = texts((plan, index, controls.mask(content, keep=keep)) for keep in keeps)
+        return [text != plainly for text in found]
+
+    names = sorted(spelt)
+    kept = {name for name, changes in zip(names, changing([spelt - {name} for name in names]), strict=True) if changes}
+    if changing([kept]) == [True]:
+        # Some are read together (both ends of the reasoning): those without which the others may be masked.
+        others = [name for name in names if name not in kept]
+        kept |= {
+            name
+            for name, changes in zip(others, changing([kept | {name} for name in others]), strict=True)
+            if not changes
+        }
+        if changing([kept]) == [True]:
+            kept = spelt
+    plan.kept[index] = kept
+    plan.messages[index]["content"] = controls.mask(content, keep=kept)

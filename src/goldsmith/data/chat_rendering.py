@@ -311,27 +311,30 @@ class ChatRenderer:
 
     def _require_written(self, plan: Plan, index: int, tail: str, called: str | None) -> None:
         """Reject where the template leaves out or changes what the row holds as gold."""
-        message = plan.conversation.messages[index]
-        kept = [re.escape(token) for token in plan.kept.get(index, ())]
+        # As the template was given it, in the notation of what it wrote.
+        shown, write = plan.messages[index], plan.notation.write
+        kept = [re.escape(write(token)) for token in plan.kept.get(index, ())]
         missing = None
         position = 0
-        for piece in re.split("|".join([_REASONING_MARKS, *kept]), message.content):
+        for piece in re.split("|".join([_REASONING_MARKS, *kept]), write(shown["content"])):
             words = piece.strip()
             found = tail.find(words, position)
             if found < 0:
-                missing = f"the content {shorten(words)}"
+                missing = f"the content {shorten(plan.notation.read(words))}"
                 break
             position = found + len(words)
         if missing is None and not self._frame.writes_once:
             missing = "the content once"
-        if missing is None and message.reasoning is not None and message.reasoning.strip() not in tail:
-            missing = f"the reasoning {shorten(message.reasoning)}"
-        for number, call in enumerate(message.tool_calls):
+        reasoning = shown.get("reasoning_content")
+        if missing is None and reasoning is not None and write(reasoning).strip() not in tail:
+            missing = f"the reasoning {shorten(plan.notation.read(write(reasoning)))}"
+        for number, call in enumerate(shown.get("tool_calls", ())):
             if called is not None and f"{_WORDS}{number}z" not in called:
                 missing = missing or f"the tool call {shorten(json.dumps(call, ensure_ascii=False))}"
             for text in strings_in(list(_leaves(call.get("function", call).get("arguments", "")))):
-                if text.strip() not in tail and json.dumps(text, ensure_ascii=False)[1:-1] not in tail:
-                    missing = missing or f"the argument {shorten(text)} of a tool call"
+                ways = (text.strip(), json.dumps(text, ensure_ascii=False)[1:-1])
+                if not any(write(way) in tail for way in ways):
+                    missing = missing or f"the argument {shorten(plan.notation.read(write(text)))} of a tool call"
         if missing is not None:
             raise RejectedError(
                 "not written by the chat template",
@@ -557,21 +560,8 @@ class ChatRenderer:
         if whole[: len(context)] == context:
             gold = whole[len(context) :]
         else:
-            # A token would straddle the boundary; the server's context cannot change, so the gold is tokenised apart: as it is,
-            # or behind a line's end where the tokenizer marks the beginning of every text.
-            newline, alone, behind = self._encoder(["\n", turn.gold, "\n" + turn.gold], plan.notation)
-            ways = [(alone, 0)]
-            if behind[: len(newline)] == newline:
-                ways.append((behind[len(newline) :], 1))
-            meant = self._decode(whole)
-            fitting = [(ids, early) for ids, early in ways if self._decode(context + ids) == meant]
-            if not fitting:
-                raise RejectedError(
-                    "serving mismatch",
-                    f"tokenised apart, as a server does, the turn {shorten(plan.notation.read(turn.gold))} reads "
-                    f"{shorten(self._decode(alone))}; use a template that ends its generation prompt with a control token",
-                )
-            gold, shift = fitting[0]
+            # A token would straddle the boundary; the server's context cannot change, so the gold is tokenised apart.
+            gold, shift = self._tokenised_apart(plan, turn, context, whole)
         if turn.end_id is not None and gold[-1:] != [turn.end_id]:
             raise RejectedError(
                 "serving mismatch",
@@ -580,6 +570,26 @@ class ChatRenderer:
         if not gold:
             raise RejectedError("no gold token", f"the turn {shorten(plan.notation.read(turn.gold))} has no token")
         return gold, shift
+
+    def _tokenised_apart(self, plan: Plan, turn: _Turn, context: list[int], whole: list[int]) -> tuple[list[int], int]:
+        """The gold by itself; behind something that is taken off again where the tokenizer marks the beginning of a text."""
+        meant = self._decode(whole)
+        for lead in self._leads(plan):
+            front, both = self._encoder([lead, lead + turn.gold], plan.notation)
+            gold = both[len(front) :]
+            if both[: len(front)] == front and self._decode(context + gold) == meant:
+                return gold, len(lead)
+        [alone] = self._encoder([turn.gold], plan.notation)
+        raise RejectedError(
+            "serving mismatch",
+            f"tokenised apart, as a server does, the turn {shorten(plan.notation.read(turn.gold))} reads "
+            f"{shorten(self._decode(alone))}; use a template that ends its generation prompt with a control token",
+        )
+
+    def _leads(self, plan: Plan) -> list[str]:
+        """What to put before a text: nothing, a control token, and characters that seldom merge with what follows."""
+        names = self._controls.names[:1]
+        return ["", *(plan.notation.write(name) for name in names), "\n", "\x01"]
 
     def _weights(
         self, plan: Plan, turn: _Turn, context: list[int], gold: list[int], shift: int | None
@@ -597,7 +607,8 @@ class ChatRenderer:
                 [found] = self._encoder.with_offsets([turn.whole], plan.notation)
                 offsets = found.offsets[len(context) :]
             else:
-                [found] = self._encoder.with_offsets(["\n" * shift + turn.gold], plan.notation)
+                [lead] = [lead for lead in self._leads(plan) if len(lead) == shift][:1]
+                [found] = self._encoder.with_offsets([lead + turn.gold], plan.notation)
                 early = len(turn.context) - shift
                 offsets = [(begin + early, end + early) for begin, end in found.offsets][-len(gold) :]
             weights = token_weights(offsets[: len(own)], turn.message.weight, turn.regions)
@@ -709,5 +720,6 @@ def _num_shared(first: str, second: str) -> int:
 
 
 def _shown(plan: Plan, text: str, begin: int) -> str:
-    """The text from where two part."""
-    return shorten(plan.notation.read(text[begin:]))
+    """The text from where two part, and from the control token before that."""
+    starts = [found.start() for found in plan.notation.pattern.finditer(text, 0, begin)]
+    return shorten(plan.notation.read(text[starts[-1] if starts else begin :]))

@@ -170,9 +170,10 @@ class Encoder:
     @functools.cached_property
     def _id_changes(self) -> dict[int, int]:
         """Ids that the coded tokenizer gives otherwise."""
-        changes = {}
+        changes: dict[int, int] = {}
         for name, index in self._controls.ids.items():
             found = self._coded_backend.token_to_id(self._controls.code_of(name))
+            assert found is not None, name
             if found != index:
                 changes[found] = index
         return changes
