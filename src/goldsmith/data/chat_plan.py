@@ -42,7 +42,7 @@ class Plan:
     def located(self, controls: ControlTokens, index: int) -> str:
         """The content of a message, each character but white space and what the template reads written as `LOCATED`."""
         content = self.conversation.messages[index].content
-        kept = self.kept.get(index, set()) if self.notation.is_coded else controls.spelt_in(content)
+        kept = set(controls.pattern.findall(self.messages[index]["content"]))  # what is not masked
         shown, begin = [], 0
         for found in controls.pattern.finditer(content):
             if found.group() in kept:

@@ -16,6 +16,7 @@ import queue
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -33,6 +34,9 @@ _SECONDS_TO_START: Final = 120.0
 # The process itself stops a text in time where it can; what it cannot interrupt (a huge power) is killed so much later.
 _GRACE_SECONDS: Final = 1.0
 _JOBS_AT_ONCE: Final = 256
+_BOUNDS: Final = ("time", "memory", "died")
+# So many texts without an end are no accident of some rows.
+_MOST_OVERRUNS: Final = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +44,7 @@ class Failure:
     """Why a text was not rendered.
 
     Attributes:
-        kind: `refused` (the template raised), `syntax`, `time`, `memory`, or `died`.
+        kind: `refused` (the template raised), `syntax` (it cannot be read), or a bound: `time`, `memory`, `died` (of one).
         message: what was seen.
     """
 
@@ -85,6 +89,7 @@ class TemplateProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._answers: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._owner = -1
+        self._overruns: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     def render(
@@ -99,6 +104,7 @@ class TemplateProcess:
 
         Raises:
             MachineError: the process cannot be started.
+            ConfigError: too many texts of this template exceed a bound.
         """
         head = {"template": template, "variables": dict(variables), "now": now.isoformat(), "seconds": self.seconds}
         results: list[list[str | Failure]] = []
@@ -115,7 +121,20 @@ class TemplateProcess:
                         results.append([error.failure] * len(batch[0].cuts))
                     else:
                         singly_until = begin + len(batch)
+                self._count_overruns(template, results[begin:])
         return results
+
+    def _count_overruns(self, template: str, results: Sequence[list[str | Failure]]) -> None:
+        for texts in results:
+            worst = next((text for text in texts if isinstance(text, Failure) and text.kind in _BOUNDS), None)
+            if worst is None:
+                continue
+            self._overruns[template] += 1
+            if self._overruns[template] > _MOST_OVERRUNS:
+                raise ConfigError(
+                    f"the chat template exceeds its bounds on more than {_MOST_OVERRUNS} conversations: {worst.message}",
+                    remedy="use another template (rendering.chat_template); this one is not fit for these rows",
+                )
 
     def close(self) -> None:
         """End the process, if this one started it."""

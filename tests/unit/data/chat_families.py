@@ -96,7 +96,7 @@ def markers(family: str) -> tuple[str, ...]:
 
 @functools.cache
 def family_tokenizer(family: str, kind: str) -> PreTrainedTokenizerFast:
-    """`byte`: byte-level BPE; `metaspace`: BPE with a mark for the space and bytes for unknown characters; `plain`: one a character.
+    """`byte`: byte-level BPE; `metaspace`: BPE with a mark for the space, and bytes for the unknown; `plain`: one a character.
 
     The merges of the first two reach over lines and words, so that they cross the edge between a prompt and its answer.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +53,7 @@ def weighed(renderer: Renderer, row: Conversation) -> list[tuple[str, float]]:
     for example in all_of(renderer, row):
         weights, ids = example.target_weights, example.token_ids.tolist()
         edges = [0, *(np.flatnonzero(np.diff(weights)) + 1).tolist(), len(ids)]
-        for begin, end in zip(edges, edges[1:], strict=False):
+        for begin, end in itertools.pairwise(edges):
             if weights[begin] > 0:
                 runs.append((renderer.tokenizer.decode(ids[begin:end]), float(weights[begin])))
     return runs

@@ -1,4 +1,4 @@
-"""Templates in their process: the text of `transformers`, whatever the template; and a hostile one is refused, nothing else lost."""
+"""Templates in their process: the text of `transformers`; a hostile one is refused, and nothing else lost."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ def test_the_text_is_that_of_transformers(family: str, shared_folder: object) ->
         messages = [given(message) for message in conversation.messages]
         [texts] = template.render([Job(messages=messages, tools=conversation.tools, cuts=cuts)])
         for (end, prompt), text in zip(cuts, texts, strict=True):
+            expected: str | Exception
             try:
                 expected = tokenizer.apply_chat_template(
                     [as_given(message) for message in conversation.messages[:end]],
@@ -50,11 +51,13 @@ def test_the_text_is_that_of_transformers(family: str, shared_folder: object) ->
                     add_generation_prompt=prompt,
                     tokenize=False,
                 )
-            except Exception as error:
-                assert isinstance(text, Failure), (name, end, prompt)
-                assert str(error)[:40] in text.message
-                continue
-            assert text == expected, (name, end, prompt)
+            except Exception as error:  # of any kind: a template is foreign code
+                expected = error
+            if isinstance(text, Failure):
+                assert isinstance(expected, Exception), (name, end, prompt, text)
+                assert str(expected)[:40] in text.message
+            else:
+                assert text == expected, (name, end, prompt)
 
 
 LOOP = (
@@ -89,7 +92,7 @@ def test_a_hostile_template_is_refused_and_the_next_text_rendered(name: str, pro
     assert one(process, "{{ bos_token }}{{ messages[0].content }}") == "<s>Hello"
 
 
-@pytest.mark.parametrize("worst", ["{{ 9 ** 9 ** 9 }}", LOOP, DOUBLING])
+@pytest.mark.parametrize("worst", ["{% set n = 9 %}{{ n ** n ** n }}", LOOP, DOUBLING])
 def test_of_a_batch_only_the_offender_is_refused(worst: str, process: TemplateProcess) -> None:
     template = "{% if messages[0].content == 'bad' %}" + worst + "{% else %}{{ messages[0].content }}{% endif %}"
     words = ["a", "b", "bad", "c", "d"]
@@ -97,6 +100,13 @@ def test_of_a_batch_only_the_offender_is_refused(worst: str, process: TemplatePr
     results = process.render(template, jobs, variables={}, now=datetime.now())
     assert [found for [found] in results if isinstance(found, str)] == ["a", "b", "c", "d"]
     assert isinstance(results[2][0], Failure)
+
+
+def test_a_template_that_never_ends_does_not_do_so_for_every_row() -> None:
+    made = TemplateProcess(seconds=0.05)
+    with pytest.raises(ConfigError, match="more than 8 conversations"):
+        made.render(LOOP, [JOB] * 1000, variables={}, now=datetime.now())
+    made.close()
 
 
 def test_a_row_is_rejected_with_the_reason(bpe: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
