@@ -115,26 +115,28 @@ class TemplateProcess:
                 batch = jobs[begin : begin + (1 if begin < singly_until else _JOBS_AT_ONCE)]
                 try:
                     self._exchange(head, batch, results)
+                except ConfigError:
+                    self.close()
+                    raise
                 except _StalledError as error:
                     self.close()
                     if len(batch) == 1:
                         results.append([error.failure] * len(batch[0].cuts))
+                        self._count_overruns(template, results[-1])
                     else:
                         singly_until = begin + len(batch)
-                self._count_overruns(template, results[begin:])
         return results
 
-    def _count_overruns(self, template: str, results: Sequence[list[str | Failure]]) -> None:
-        for texts in results:
-            worst = next((text for text in texts if isinstance(text, Failure) and text.kind in _BOUNDS), None)
-            if worst is None:
-                continue
-            self._overruns[template] += 1
-            if self._overruns[template] > _MOST_OVERRUNS:
-                raise ConfigError(
-                    f"the chat template exceeds its bounds on more than {_MOST_OVERRUNS} conversations: {worst.message}",
-                    remedy="use another template (rendering.chat_template); this one is not fit for these rows",
-                )
+    def _count_overruns(self, template: str, texts: Sequence[str | Failure]) -> None:
+        worst = next((text for text in texts if isinstance(text, Failure) and text.kind in _BOUNDS), None)
+        if worst is None:
+            return
+        self._overruns[template] += 1
+        if self._overruns[template] > _MOST_OVERRUNS:
+            raise ConfigError(
+                f"the chat template exceeds its bounds on more than {_MOST_OVERRUNS} conversations: {worst.message}",
+                remedy="use another template (rendering.chat_template); this one is not fit for these rows",
+            )
 
     def close(self) -> None:
         """End the process, if this one started it."""
@@ -165,8 +167,8 @@ class TemplateProcess:
                 results.append(
                     [text if isinstance(text, str) else Failure(kind=text[0], message=text[1]) for text in texts]
                 )
-                if any(isinstance(text, list) and text[0] == "memory" for text in texts):
-                    self._weary = True
+                self._weary = self._weary or any(isinstance(text, list) and text[0] == "memory" for text in texts)
+                self._count_overruns(head["template"], results[-1])
         if self._weary:  # its memory may be full of pieces
             self.close()
 
