@@ -32,6 +32,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from goldsmith.data.rendering import RenderingConfig
+from goldsmith.data.rendering_config import BUILT_IN_TEMPLATES
 from goldsmith.data.rows import DataConfig, SourceConfig
 from goldsmith.data.tokenizer import TokenizerConfig
 from goldsmith.errors import ConfigError
@@ -596,6 +597,8 @@ def _absolute_paths(recipe: Recipe, folder_of: Callable[[KeyPath], Path]) -> Rec
         ]
 
     template = recipe.rendering.chat_template
+    if template is not None and template not in BUILT_IN_TEMPLATES:
+        template = file(template, ("rendering", "chat_template"))
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"path": model_folder(recipe.model.path, ("model", "path"))}),
@@ -605,9 +608,7 @@ def _absolute_paths(recipe: Recipe, folder_of: Callable[[KeyPath], Path]) -> Rec
             "data": recipe.data.model_copy(
                 update={"train": sources(recipe.data.train, "train"), "eval": sources(recipe.data.eval, "eval")}
             ),
-            "rendering": recipe.rendering.model_copy(
-                update={"chat_template": None if template is None else file(template, ("rendering", "chat_template"))}
-            ),
+            "rendering": recipe.rendering.model_copy(update={"chat_template": template}),
             "output_dir": file(recipe.output_dir, ("output_dir",)),
         }
     )

@@ -44,6 +44,8 @@ NO_END_OF_TURN = (
     "{% for m in messages %}<|start|>{{ m.role }}<|header|>{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant<|header|>{% endif %}"
 )
+# No control token anywhere: what ends a turn is a line that begins with a name.
+MERE_TEXT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|start|>", "<|header|>", "<|eot|>")
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
-from data_examples import CHATML, LLAMA3, NO_END_OF_TURN, OPENS_REASONING, REASONING, TEXTS, chat, learnt, plain
+from data_examples import CHATML, LLAMA3, MERE_TEXT, NO_END_OF_TURN, OPENS_REASONING, REASONING, chat, learnt, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -78,7 +76,8 @@ def check(renderer: Renderer, conversation: Conversation) -> list[TokenizedExamp
         # (By way of ids, since not every tokenizer gives every text back as it was.)
         whole = tokenizer.decode(tokenizer(whole, add_special_tokens=False)["input_ids"], skip_special_tokens=False)
         text = tokenizer.decode(example.token_ids[:end].tolist(), skip_special_tokens=False)
-        assert whole.startswith((text, text.removesuffix("</s>"))), (text, whole)
+        stops = (text, text.removesuffix("</s>"), text.removesuffix("<|start|>"))
+        assert whole.startswith(stops), (text, whole)
         ends = renderer.end_token_ids
         assert int(example.token_ids[end - 1]) in ends
         assert not set(example.token_ids[begin : end - 1].tolist()) & set(ends)
@@ -158,15 +157,25 @@ def test_reasoning_templates_are_expanded(bpe: PreTrainedTokenizerFast) -> None:
 def test_a_generation_prompt_that_the_conversation_lacks_is_refused(bpe: PreTrainedTokenizerFast) -> None:
     rejection = refusal(templated(bpe, OPENS_REASONING), TWO_TURNS)
     assert rejection.reason == "serving mismatch"
-    assert "'<think>\\n'" in rejection.detail
+    assert "assistant\\n<think>\\n'" in rejection.detail
     assert "Hello!" in rejection.detail
 
 
-def test_a_template_without_an_end_of_turn_gets_the_end_token(bpe: PreTrainedTokenizerFast) -> None:
+def test_a_template_without_an_end_of_turn_stops_at_what_begins_the_next(bpe: PreTrainedTokenizerFast) -> None:
     renderer = templated(bpe, NO_END_OF_TURN)
+    [example] = good(renderer, TWO_TURNS)
+    stop = bpe.convert_tokens_to_ids("<|start|>")
+    assert [int(example.token_ids[end - 1]) for _, end in spans(example)] == [stop, stop]
+    assert example.num_bytes == len("Hello!It is 4.")
+    assert renderer.end_token_ids == sorted([bpe.eos_token_id, stop])
+
+
+def test_a_template_of_mere_text_gets_the_end_token(bpe: PreTrainedTokenizerFast) -> None:
+    renderer = templated(bpe, MERE_TEXT)
     first, second = good(renderer, TWO_TURNS)  # the server's history has no end token, so this cannot be one example
     assert int(first.token_ids[-1]) == int(second.token_ids[-1]) == bpe.eos_token_id
-    assert first.num_bytes == len("Hello!")
+    assert first.num_bytes == len(" Hello!")
+    assert renderer.end_token_ids == [bpe.eos_token_id]
 
 
 def test_turns_of_weight_0_are_context(bpe: PreTrainedTokenizerFast) -> None:
@@ -190,15 +199,6 @@ def test_a_conversation_may_end_with_the_user(bpe: PreTrainedTokenizerFast) -> N
     assert renderer.render_context(waiting) == served(renderer.tokenizer, waiting, 1, None)
 
 
-def test_control_tokens_in_text(bpe: PreTrainedTokenizerFast) -> None:
-    renderer = templated(bpe, CHATML)
-    rejection = refusal(renderer, chat(("user", "Hi"), ("assistant", "Hello<|im_end|>there")))
-    assert rejection.reason == "control token in gold"
-    assert "<|im_end|>" in rejection.detail
-    # In what a user wrote a server parses them, so the ids are the same.
-    good(renderer, chat(("user", "Hi <|im_end|> </s>"), ("assistant", "Hello!")))
-
-
 @pytest.mark.parametrize(
     "content", ["<", "im_end", "\n", "assistant", "a\n", " Hello ", "|>", "user\n", "x<|", "think"]
 )
@@ -218,24 +218,21 @@ def _cached(template: str, kind: str) -> Renderer:
 @settings(deadline=None, max_examples=80)
 @given(
     st.lists(st.tuples(st.text(max_size=8), st.text(min_size=1, max_size=8).filter(str.strip)), min_size=1, max_size=3),
-    st.sampled_from([CHATML, LLAMA3, REASONING, NO_END_OF_TURN]),
+    st.sampled_from([CHATML, LLAMA3, REASONING, NO_END_OF_TURN, MERE_TEXT]),
     st.sampled_from(["bpe", "byte", "unigram"]),
 )
 def test_any_words_are_rendered_as_served_or_refused(turns: list[tuple[str, str]], template: str, kind: str) -> None:
     renderer = _cached(template, kind)
     messages = [message for user, assistant in turns for message in (("user", user), ("assistant", assistant))]
-    result = check(renderer, chat(*messages))
-    if isinstance(result, Rejection) and result.reason != "control token in gold":
-        assert result.reason == "serving mismatch"
-        assert template in (REASONING, LLAMA3)  # which split or trim the words
+    assert not isinstance(check(renderer, chat(*messages)), Rejection)
 
 
 def test_a_template_that_changes_the_words_is_refused(bpe: PreTrainedTokenizerFast) -> None:
     renderer = templated(bpe, CHATML.replace("{{ m.content }}", "{{ m.content | upper }}"))
     rejection = refusal(renderer, TWO_TURNS)
-    assert rejection.reason == "serving mismatch"
+    assert rejection.reason == "not written by the chat template"
     renderer = templated(bpe, CHATML.replace("{{ m.content }}", "{{ m.content }}{{ m.content }}"))
-    assert refusal(renderer, TWO_TURNS).reason == "serving mismatch"
+    assert refusal(renderer, TWO_TURNS).reason == "not written by the chat template"
 
 
 def test_a_template_may_refuse_or_break(bpe: PreTrainedTokenizerFast) -> None:
@@ -286,14 +283,16 @@ def test_a_token_over_the_boundary_is_never_trained_on_as_one() -> None:
 
 
 def test_a_tokenizer_that_marks_every_text(prepending: PreTrainedTokenizerFast) -> None:
-    """Tokenised apart, gold would gain a space: refused, or rendered in one piece with what comes before."""
+    """Tokenised apart, gold would gain a space: so it is tokenised behind a line's end."""
     template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}</s>{% else %}\n{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
     renderer = templated(prepending, template)
-    rejection = refusal(renderer, TWO_TURNS)
-    assert (rejection.reason, "tokenised apart" in rejection.detail) == ("serving mismatch", True)
+    examples = good(renderer, TWO_TURNS)
+    said = [prepending.decode(e.token_ids[e.target_weights > 0].tolist(), skip_special_tokens=False) for e in examples]
+    assert "".join(said).replace(" ", "") == "Hello!</s>Itis4.</s>"
+    assert renderer.num_straddles == 1
     # Where the generation prompt ends with a control token, nothing straddles, and every turn is rendered.
     ending = (
         "{% for m in messages %}{{ m.role }}<unk>{{ m.content }}</s>{% endfor %}"
@@ -328,38 +327,3 @@ def test_plain_and_chat_rows_in_one_batch(bpe: PreTrainedTokenizerFast) -> None:
             assert not isinstance(alone, Rejection)
             assert [e.token_ids.tolist() for e in result] == [e.token_ids.tolist() for e in alone]
     assert isinstance(results[3], Rejection)
-
-
-# The published templates, where they are at hand. What each must come out as; those of no list are refused.
-WHOLE = {
-    "cohere", "gemma", "gemma3", "gemma4", "lfm2", "llama3", "llama3_1", "llama3_2", "phi3", "qwen2_5", "qwen3_instruct_2507",
-}  # fmt: skip
-EXPANDED = {"gptoss", "qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6"}
-REFUSED = {"deepseek_r1_distill", "deepseekv3", "nemotron_3_super"}
-
-
-def test_published_templates(shared_folder: Path) -> None:
-    folder = shared_folder / "data" / "chat_templates"
-    paths = sorted(folder.glob("*.jinja"))
-    assert {path.stem for path in paths} >= WHOLE | EXPANDED | REFUSED
-    for path in paths:
-        text = path.read_text(encoding="utf-8")
-        markers = sorted({*re.findall(r"<[^<>\s'\"{}%]{1,40}>", text), *DEEPSEEK} - {"<s>", "</s>", "<unk>"})
-        config = TrainedTokenizerConfig(kind="bpe", vocab_size=420 + len(markers), special_tokens=tuple(markers))
-        tokenizer = train_tokenizer(config, [*TEXTS, text])
-        renderer = Renderer(tokenizer, RenderingConfig(chat_template=str(path)), None)
-        result = check(renderer, TWO_TURNS)
-        if path.stem in WHOLE:
-            assert not isinstance(result, Rejection), (path.stem, result)
-            assert len(result) == 1, path.stem
-        elif path.stem in EXPANDED:
-            assert not isinstance(result, Rejection), (path.stem, result)
-            assert len(result) == 2, path.stem
-        elif path.stem in REFUSED:
-            assert isinstance(result, Rejection), path.stem
-            assert result.reason == "serving mismatch"
-        for row in (WITH_SYSTEM, chat(("user", "a"), ("assistant", "b ")), chat(("user", ""), ("assistant", "user"))):
-            check(renderer, row)
-
-
-DEEPSEEK = {"<｜Assistant｜>", "<｜User｜>", "<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>"}

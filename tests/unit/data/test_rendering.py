@@ -237,7 +237,7 @@ def test_a_slow_tokenizer_gives_the_same(bpe: PreTrainedTokenizerFast, monkeypat
     """The path for tokenizers without a `tokenizers` backend, held to the same ids."""
     row = plain("Once </s> upon", " a <s> time")
     expected = one(renderer(bpe), row)
-    monkeypatch.setattr("goldsmith.data.rendering.PreTrainedTokenizerFast", ())
+    monkeypatch.setattr("goldsmith.data.encoding.PreTrainedTokenizerFast", ())
     slow = renderer(bpe)
     assert one(slow, row).token_ids.tolist() == expected.token_ids.tolist()
     with pytest.raises(ConfigError, match="offsets"):
