@@ -62,14 +62,23 @@ class Renderer:
         chat_template: the text of the template that renders chats, or None for the tokenizer's own.
         num_straddles: rows rendered so far in which tokenising prompt and completion as one text would give the prompt
             other ids than it has alone (plain rows, either boundary).
+        straddling: the sources of these rows in the last call of `render`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: RenderingConfig, max_length: int | None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: RenderingConfig,
+        max_length: int | None,
+        *,
+        keeps_long_rows: bool = False,
+    ) -> None:
         """
         Args:
             tokenizer: of `transformers`; it is not changed.
             config: a relative `chat_template` is relative to the current directory.
             max_length: tokens of an example at most; None for no limit.
+            keeps_long_rows: leave the limit to the loader, which may cut (`data.on_too_long`).
 
         Raises:
             ConfigError: the template file cannot be read, or `joint` with a tokenizer that knows no character offsets.
@@ -77,6 +86,8 @@ class Renderer:
         self.tokenizer = tokenizer
         self.config = config
         self.max_length = max_length
+        self.keeps_long_rows = keeps_long_rows
+        self.straddling: list[str] = []
         self.chat_template = None if config.chat_template is None else _read_template(config.chat_template)
         self.num_straddles = 0
         self._turn_end_ids: set[int] = set()
@@ -132,6 +143,7 @@ class Renderer:
         Raises:
             ConfigError: a chat, but no template; or an end token is to be appended and the tokenizer has none.
         """
+        self.straddling = []
         plain = [index for index, conversation in enumerate(conversations) if not conversation.is_chat]
         chat = [index for index, conversation in enumerate(conversations) if conversation.is_chat]
         results: dict[int, list[TokenizedExample] | Rejection] = {}
@@ -209,7 +221,9 @@ class Renderer:
                 )
                 if not isinstance(example, Rejection):
                     alone = prompt_ids[row]
-                    self.num_straddles += whole_ids[row][: len(alone)] != alone
+                    if whole_ids[row][: len(alone)] != alone:
+                        self.num_straddles += 1
+                        self.straddling.append(conversation.source)
                 results.append(example if isinstance(example, Rejection) else [example])
         return results
 
@@ -242,7 +256,7 @@ class Renderer:
         num_bytes: int,
     ) -> TokenizedExample | Rejection:
         """An example of which the spans `gold` (begin, end, weight) are predicted."""
-        if self.max_length is not None and len(token_ids) > self.max_length:
+        if not self.keeps_long_rows and self.max_length is not None and len(token_ids) > self.max_length:
             return Rejection(
                 source=conversation.source,
                 reason="longer than max_length",
