@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from goldsmith.scoring.compare import Comparison, compare, scores_from_probabilities
     from goldsmith.scoring.files import read_scores
     from goldsmith.types import TokenScore, TokenScores
-    from goldsmith.workflows import generate, score, train, verify
+    from goldsmith.workflows import generate, inspect, score, train, verify
 
 __all__ = [
     "Comparison",
@@ -26,6 +26,7 @@ __all__ = [
     "TokenScores",
     "compare",
     "generate",
+    "inspect",
     "load_recipe",
     "read_scores",
     "score",
@@ -42,6 +43,7 @@ _HOME = {
     "TokenScores": "goldsmith.types",
     "compare": "goldsmith.scoring.compare",
     "generate": "goldsmith.workflows",
+    "inspect": "goldsmith.workflows",
     "load_recipe": "goldsmith.recipe",
     "read_scores": "goldsmith.scoring.files",
     "score": "goldsmith.workflows",

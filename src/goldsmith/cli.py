@@ -352,6 +352,44 @@ def verify(
     return workflows.verify(load_recipe(recipe, overrides or ()), num_rows=num_rows, dtype=dtype, quiet=quiet)
 
 
+@_command("What will be trained on, token by token, and what is wrong with it.")
+def inspect(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The YAML file of settings.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one setting of the recipe; may be repeated."),
+    ] = None,
+    num_examples: Annotated[int, typer.Option("--examples", min=0, help="Examples shown token by token.")] = 3,
+    html: Annotated[str | None, typer.Option(metavar="FILE", help="Write a page that needs no other file.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit code 3 where a finding is at error level.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Time a few steps of the model on this machine.")
+    ] = True,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> Result:
+    """Look at the whole data of RECIPE before a second is spent on training.
+
+    All rows are read and rendered as training does it: how many are used, cut or rejected, how long they are, what is wrong
+    with which of them, how they fill the micro-batches, and how long the run will take here. Nothing is trained.
+
+    \b
+    Example:
+      goldsmith inspect recipe.yaml --examples 5 --html inspect.html
+    """
+    from goldsmith import workflows
+    from goldsmith.recipe import load_recipe
+
+    return workflows.inspect(
+        load_recipe(recipe, overrides or ()),
+        num_examples=num_examples,
+        html=html,
+        measure=measure,
+        strict=strict,
+        quiet=quiet,
+    )
+
+
 @_command("Let a model answer, and check it against the gold where there is some.")
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder, a run folder, or a hub id.")],

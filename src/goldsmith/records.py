@@ -113,7 +113,7 @@ class ExampleRecord(_Record):
 
 @dataclass(frozen=True, kw_only=True)
 class FileReport(_Record):
-    """What became of the rows of one file: `rows_in == used + sum(rejected.values()) + over_limit`.
+    """What became of the rows of one file: `rows_in == used + sum(rejected.values()) + dropped + over_limit`.
 
     Attributes:
         path: as the recipe wrote it.
@@ -122,6 +122,11 @@ class FileReport(_Record):
         format: of its rows; empty where none could be read.
         format_detected: whether it was found in the first rows, and not said.
         revision: of a hub data set, where it is known.
+        examples, tokens, gold_tokens: as they are trained.
+        too_long: rows longer than `max_length`: rejected, `dropped`, `cut` or `split`, as `data.on_too_long` says.
+        tokens_lost, gold_tokens_lost: cut off, or of rows that were rejected or dropped for their length.
+        tokens_repeated: context tokens that the parts of split rows hold again. Without a limit there would have been
+            `tokens + tokens_lost - tokens_repeated`.
     """
 
     path: str
@@ -138,6 +143,13 @@ class FileReport(_Record):
     format: str = ""
     format_detected: bool = False
     revision: str | None = None
+    too_long: int = 0
+    dropped: int = 0
+    cut: int = 0
+    split: int = 0
+    tokens_lost: int = 0
+    gold_tokens_lost: int = 0
+    tokens_repeated: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ COMMANDS = {
     "score": ["model", "data.jsonl"],
     "compare": ["a.jsonl", "b.jsonl"],
     "generate": ["model", "data.jsonl"],
+    "inspect": ["recipe.yaml"],
     "demo": [],
 }
 WORKFLOWS = {"compare": "compare_files"}

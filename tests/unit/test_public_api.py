@@ -17,6 +17,7 @@ PUBLIC = [
     "TokenScores",
     "compare",
     "generate",
+    "inspect",
     "load_recipe",
     "read_scores",
     "score",

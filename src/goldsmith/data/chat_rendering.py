@@ -96,6 +96,7 @@ class ChatRenderer:
 
     Attributes:
         num_straddles: rows so far in which a token of the whole text lies over the edge between a context and its gold.
+        straddling: the sources of these rows in the last call of `render`.
         num_control_texts: rows so far in which somebody's words spell a control token and were encoded as text.
     """
 
@@ -114,6 +115,7 @@ class ChatRenderer:
         self._template = template
         self._seen_ends: set[int] = set()
         self.num_straddles = 0
+        self.straddling: list[str] = []
         self.num_control_texts = 0
 
     @property
@@ -150,6 +152,7 @@ class ChatRenderer:
         Raises:
             ConfigError: there is no template, it has a mistake, or an end token is to be appended and the tokenizer has none.
         """
+        self.straddling = []
         plans = self._plans(conversations)
         turns = self._whole_texts(plans) if self._config.train_on == "all" else self._turns(plans)
         encoded = self._encode(plans, turns)
@@ -534,7 +537,9 @@ class ChatRenderer:
                 for number, (turn, context, ids, weights) in enumerate(pieces, start=1)
             ]
         drafts = [draft for draft in drafts if draft.target_weights.any()]
-        self.num_straddles += straddles
+        if straddles:
+            self.num_straddles += 1
+            self.straddling.append(plan.conversation.source)
         ends = (turn for turn, *_ in pieces if turn.message.role == "assistant")
         self._seen_ends.update(end for turn in ends for end in (turn.end_id, *turn.appended) if end is not None)
         return drafts

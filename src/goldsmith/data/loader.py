@@ -9,21 +9,23 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, Protocol, cast, overload
 
 import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
+from goldsmith.data.fitting import RowFitter
 from goldsmith.data.mixture import copies_in_epoch
 from goldsmith.data.rendering import Renderer
 from goldsmith.data.rows import DataConfig, Rejection, Row, SourceConfig, shorten, source_name
 from goldsmith.data.sources import SourcePart, SourceReader, memory_part
+from goldsmith.data.truncation import Losses
 from goldsmith.errors import ConfigError, DataError
 from goldsmith.records import DataReport, FileReport
 from goldsmith.types import Conversation, Message, TokenizedExample
 
-__all__ = ["Dataset", "gold_runs", "load_dataset", "read_texts", "render_rows"]
+__all__ = ["Dataset", "RowWatcher", "gold_runs", "load_dataset", "read_texts", "render_rows", "watch_rows"]
 
 # What a row is before it is rendered; a source of token ids needs no rendering.
 _Readable = Conversation | TokenizedExample
@@ -32,6 +34,30 @@ _Readable = Conversation | TokenizedExample
 _ROWS_AT_ONCE = 1024
 # Rejections of each reason that are kept with their place.
 _SHOWN_REJECTIONS = 3
+# Ids of a watched data set are kept as 64-bit hashes, in sorted blocks; two of one size become one, up to a size.
+_IDS_A_BLOCK = 1 << 13
+_MAX_IDS_A_BLOCK = 1 << 18
+
+
+class RowWatcher(Protocol):
+    """Sees every row of a data set go by, and keeps of it what it likes; see `watch_rows`."""
+
+    def used(
+        self,
+        row: Conversation | TokenizedExample,
+        examples: list[TokenizedExample],
+        *,
+        repeat: float,
+        losses: Losses,
+        straddles: bool,
+    ) -> None:
+        """A row that is trained on. `losses`: what `max_length` cost it. `straddles`: see `Renderer.num_straddles`."""
+
+    def dropped(self, row: Conversation | TokenizedExample) -> None:
+        """A row that `on_too_long: drop` leaves out."""
+
+    def rejected(self, rejection: Rejection) -> None:
+        """A row that cannot be used."""
 
 
 class Dataset(Sequence[TokenizedExample]):
@@ -230,6 +256,7 @@ def load_dataset(
     renderer: Renderer,
     split: Literal["train", "eval", "rows"],
     base_folder: Path = Path(),
+    parts_share_weight: bool = False,
 ) -> Dataset:
     """Read, check, render and keep all rows of a split. Every row is used, rejected, or over its source's limit.
 
@@ -239,22 +266,15 @@ def load_dataset(
         renderer: also says the longest length.
         split: for messages (`rows`: not of a recipe); names the source of rows in memory.
         base_folder: what the paths of sources are relative to; default: the current directory.
+        parts_share_weight: see `LengthLimit`; True where the objective normalises by example.
 
     Raises:
         DataError: a file is missing, empty or damaged; a row is rejected and `on_bad_row` is `stop` (everything is read
             first, and the message sums up by reason); no row can be used.
         ConfigError: two sources of one name, or what `Renderer.render` raises.
     """
-    loading = _Loading(config, renderer)
-    files = _files(sources)
-    with _collecting_little():
-        if files is not None:
-            _check_names(files, split)
-            for source in files:
-                _require_end(source)
-                loading.read_source(source, base_folder)
-        else:
-            loading.read_memory(cast("Iterable[Mapping[str, Any]]", sources), name=split)
+    loading = _Loading(config, renderer, parts_share_weight=parts_share_weight)
+    loading.read(sources, base_folder, split)
     return loading.finish(split)
 
 
@@ -274,6 +294,28 @@ def _require_end(source: SourceConfig) -> None:
             f"the source {source.path} is streamed, so it cannot be held as a whole, which is asked for here",
             remedy="set `limit` of the source: its first rows",
         )
+
+
+def watch_rows(
+    sources: Sequence[SourceConfig] | Iterable[Mapping[str, Any]],
+    *,
+    config: DataConfig,
+    renderer: Renderer,
+    split: Literal["train", "eval", "rows"],
+    watcher: RowWatcher,
+    base_folder: Path = Path(),
+    parts_share_weight: bool = False,
+) -> DataReport:
+    """Read, check and render all rows of a split as `load_dataset` does, but show them to `watcher` and keep none.
+
+    Bad rows stop nothing, whatever `on_bad_row` says. Memory does not grow with the rows, but for eight bytes of each one's id.
+
+    Raises:
+        DataError, ConfigError: as `load_dataset`, but for rows that are rejected.
+    """
+    loading = _Loading(config, renderer, parts_share_weight=parts_share_weight, watcher=watcher)
+    loading.read(sources, base_folder, split)
+    return loading.report
 
 
 def read_texts(
@@ -356,7 +398,7 @@ def _own_tokens(
 ) -> list[TokenizedExample] | Rejection:
     """A row that came tokenised, its gold measured; a rejection where it is too long."""
     limit = renderer.max_length
-    if limit is not None and example.num_tokens > limit:
+    if not renderer.keeps_long_rows and limit is not None and example.num_tokens > limit:
         return Rejection(
             source=example.source,
             reason="longer than max_length",
@@ -374,14 +416,41 @@ def _own_tokens(
 class _Loading:
     """The state of one `load_dataset`."""
 
-    def __init__(self, config: DataConfig, renderer: Renderer) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        renderer: Renderer,
+        *,
+        parts_share_weight: bool = False,
+        watcher: RowWatcher | None = None,
+    ) -> None:
         self._config = config
         self._renderer = renderer
+        self._watcher = watcher
+        self._fitter = RowFitter(renderer, config, parts_share_weight=parts_share_weight)
         self._builder = _Builder()
         self._files: list[FileReport] = []
         self._shown: dict[str, list[str]] = {}
-        self._ids: dict[str, str] = {}  # example id -> where it was first seen
+        self._ids: _Ids | _HashedIds = _Ids() if watcher is None else _HashedIds()
         self._num_rows = 0
+        self.losses = Losses()
+        self.num_straddles = 0
+
+    def read(
+        self,
+        sources: Sequence[SourceConfig] | Iterable[Mapping[str, Any]],
+        base_folder: Path,
+        split: Literal["train", "eval", "rows"],
+    ) -> None:
+        files = _files(sources)
+        with _collecting_little():
+            if files is not None:
+                _check_names(files, split)
+                for source in files:
+                    _require_end(source)
+                    self.read_source(source, base_folder)
+            else:
+                self.read_memory(cast("Iterable[Mapping[str, Any]]", sources), name=split)
 
     def read_source(self, source: SourceConfig, base_folder: Path) -> None:
         reader = self._reader(source)
@@ -408,49 +477,78 @@ class _Loading:
             ordinal += report.rows_in
 
     def render(self, rows: Sequence[_Readable], source: SourceConfig) -> list[list[TokenizedExample] | Rejection]:
-        """Render what is not tokenised yet, and keep what is good; one result a row."""
+        """Render what is not tokenised yet, fit it to the limit, and keep what is good.
+
+        Returns:
+            One result a row, an empty list where it is dropped.
+        """
         results = render_rows(self._renderer, rows)
+        straddling = set(self._renderer.straddling) if rows and isinstance(rows[0], Conversation) else set()
+        self.num_straddles += len(straddling)
         name = source_name(source)
         for index, row in enumerate(rows):
-            examples = results[index]
+            fitted = self._fitter.fit(row, results[index])
+            examples = results[index] = fitted.examples
+            if not isinstance(examples, Rejection):
+                duplicate = self._register(row, examples)
+                if duplicate is not None:
+                    results[index] = duplicate
+                    continue
+            self.losses += fitted.losses
             if isinstance(examples, Rejection):
                 continue
-            duplicate = self._register(row, examples)
-            if duplicate is not None:
-                results[index] = duplicate
+            if self._watcher is not None:
+                self._show_row(self._watcher, row, examples, source, fitted.losses, row.source in straddling)
                 continue
             for example in examples:
                 self._builder.add(example, group=self._num_rows, repeat=source.repeat, source_name=name)
-            self._num_rows += 1
+            self._num_rows += bool(examples)
         return results
+
+    def _show_row(
+        self,
+        watcher: RowWatcher,
+        row: _Readable,
+        examples: list[TokenizedExample],
+        source: SourceConfig,
+        losses: Losses,
+        straddles: bool,
+    ) -> None:
+        if examples:
+            watcher.used(row, examples, repeat=source.repeat, losses=losses, straddles=straddles)
+        else:
+            watcher.dropped(row)
 
     def _register(self, conversation: _Readable, examples: list[TokenizedExample]) -> Rejection | None:
         """Take the row's ids, its own and those of its parts; a rejection where one is taken already."""
         ids = [conversation.example_id]
         ids.extend(example.example_id for example in examples if example.example_id != conversation.example_id)
         for example_id in ids:
-            if example_id in self._ids:
+            place = self._ids.place(example_id)
+            if place is not None:
                 return Rejection(
                     source=conversation.source,
                     reason="duplicate id",
-                    detail=f"the id {shorten(example_id)} is also that of {self._ids[example_id]}; make ids unique, or map "
+                    detail=f"the id {shorten(example_id)} is also that of {place}; make ids unique, or map "
                     "`columns: {id: ...}` to another column",
                 )
         for example_id in ids:
-            self._ids[example_id] = conversation.source
+            self._ids.add(example_id, conversation.source)
         return None
 
     def show(self, rejection: Rejection) -> None:
+        if self._watcher is not None:
+            self._watcher.rejected(rejection)
         shown = self._shown.setdefault(rejection.reason, [])
         if len(shown) < _SHOWN_REJECTIONS:
             shown.append(f"{rejection.source}: {rejection.detail}")
 
     @property
-    def num_straddles(self) -> int:
-        return self._renderer.num_straddles
+    def report(self) -> DataReport:
+        return DataReport(files=self._files, rejections=self._shown)
 
     def finish(self, split: Literal["train", "eval", "rows"]) -> Dataset:
-        report = DataReport(files=self._files, rejections=self._shown)
+        report = self.report
         if report.used == 0 or (report.rejected and self._config.on_bad_row == "stop"):
             raise _rejected_rows(report, split)
         dataset = Dataset.__new__(Dataset)
@@ -471,6 +569,53 @@ class _Loading:
         return dataset
 
 
+class _Ids:
+    """Every example id with the place where it was first seen."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, str] = {}
+
+    def place(self, example_id: str) -> str | None:
+        return self._places.get(example_id)
+
+    def add(self, example_id: str, place: str) -> None:
+        self._places[example_id] = place
+
+
+class _HashedIds:
+    """The same in eight bytes an id, without the places. Two different ids among a million agree once in 37 million times."""
+
+    def __init__(self) -> None:
+        self._blocks: list[npt.NDArray[np.uint64]] = []
+        self._newest: set[int] = set()
+
+    def place(self, example_id: str) -> str | None:
+        key = _hash(example_id)
+        found = key in self._newest or any(_holds(block, key) for block in self._blocks)
+        return "an earlier row" if found else None
+
+    def add(self, example_id: str, place: str) -> None:
+        self._newest.add(_hash(example_id))
+        if len(self._newest) >= _IDS_A_BLOCK:
+            block = np.fromiter(self._newest, dtype=np.uint64, count=len(self._newest))
+            block.sort()
+            self._newest.clear()
+            while self._blocks and self._blocks[-1].shape == block.shape and block.shape[0] < _MAX_IDS_A_BLOCK:
+                block = np.concatenate([self._blocks.pop(), block])
+                block.sort()
+            self._blocks.append(block)
+
+
+def _hash(text: str) -> int:
+    data = text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def _holds(block: npt.NDArray[np.uint64], key: int) -> bool:
+    place = int(np.searchsorted(block, np.uint64(key)))
+    return place < block.shape[0] and int(block[place]) == key
+
+
 class _FileInProgress:
     """Counts the rows of one file while they are read."""
 
@@ -481,6 +626,7 @@ class _FileInProgress:
         self._room = None if limit is None else limit - used_before
         self._pending: list[_Readable] = []
         self._straddles_before = loading.num_straddles
+        self._losses_before = loading.losses
         self._rows_in = self._used = self._over_limit = 0
         self._examples = self._tokens = self._gold_tokens = 0
         self._rejected: dict[str, int] = {}
@@ -511,6 +657,7 @@ class _FileInProgress:
 
     def report(self, part: SourcePart) -> FileReport:
         self._render()
+        losses = self._loading.losses - self._losses_before
         return FileReport(
             path=part.path,
             name=source_name(self._reader.source),
@@ -526,6 +673,7 @@ class _FileInProgress:
             format=self._reader.format or "",
             format_detected=self._reader.is_detected,
             revision=part.revision,
+            **losses.of_report(),
         )
 
     def _render(self) -> None:
@@ -533,7 +681,7 @@ class _FileInProgress:
         for result in self._loading.render(self._pending, self._reader.source):
             if isinstance(result, Rejection):
                 self._reject(result)
-            else:
+            elif result:
                 self._used += 1
                 kept.extend(result)
         self._pending = []

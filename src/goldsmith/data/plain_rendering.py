@@ -37,6 +37,7 @@ class PlainRenderer:
     Attributes:
         num_straddles: rows rendered so far in which tokenising prompt and completion as one text would give the prompt
             other ids than it has alone (either boundary).
+        straddling: the sources of these rows in the last call of `render`.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class PlainRenderer:
         self._controls = controls
         self._beginning = beginning_ids(tokenizer)
         self.num_straddles = 0
+        self.straddling: list[str] = []
         if config.boundary == "joint" and not encoder.has_offsets:
             raise ConfigError(
                 f"rendering.boundary joint needs a tokenizer with character offsets, which {type(tokenizer).__name__} lacks",
@@ -82,6 +84,7 @@ class PlainRenderer:
                 if any(message.spans for message in conversation.messages):
                     rows[index] = self._row_with_offsets(prompts[index], completions[index])
 
+        self.straddling = []
         results: list[list[Draft] | Rejection] = []
         for index, (conversation, row) in enumerate(zip(conversations, rows, strict=True)):
             try:
@@ -93,7 +96,9 @@ class PlainRenderer:
                 results.append(no_gold(conversation))
                 continue
             alone = prompt_ids[index]
-            self.num_straddles += whole_ids[index][: len(alone)] != alone
+            if whole_ids[index][: len(alone)] != alone:
+                self.num_straddles += 1
+                self.straddling.append(conversation.source)
             results.append([draft])
         return results
 

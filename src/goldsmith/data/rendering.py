@@ -32,14 +32,23 @@ class Renderer:
     Attributes:
         tokenizer, config, max_length: as given.
         chat_template: the text of the template that renders chats, or None for the tokenizer's own.
+        straddling: the sources of the rows that straddled (see `num_straddles`) in the last call of `render`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: RenderingConfig, max_length: int | None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: RenderingConfig,
+        max_length: int | None,
+        *,
+        keeps_long_rows: bool = False,
+    ) -> None:
         """
         Args:
             tokenizer: of `transformers`; it is not changed.
             config: a relative `chat_template` is relative to the current directory.
             max_length: tokens of an example at most; None for no limit.
+            keeps_long_rows: leave the limit to the loader, which may cut (`data.on_too_long`).
 
         Raises:
             ConfigError: the template file cannot be read, or `joint` with a tokenizer that knows no character offsets.
@@ -47,6 +56,8 @@ class Renderer:
         self.tokenizer = tokenizer
         self.config = config
         self.max_length = max_length
+        self.keeps_long_rows = keeps_long_rows
+        self.straddling: list[str] = []
         self.chat_template = template_text(config)
         controls = ControlTokens(tokenizer)
         encoder = Encoder(tokenizer, controls)
@@ -90,13 +101,16 @@ class Renderer:
         Raises:
             ConfigError: a chat, but no template; or an end token is to be appended and the tokenizer has none.
         """
+        self.straddling = []
         plain = [index for index, conversation in enumerate(conversations) if not conversation.is_chat]
         chat = [index for index, conversation in enumerate(conversations) if conversation.is_chat]
         drafts: dict[int, list[Draft] | Rejection] = {}
         if plain:
             drafts.update(zip(plain, self._plain.render([conversations[index] for index in plain]), strict=True))
+            self.straddling += self._plain.straddling
         if chat:
             drafts.update(zip(chat, self._chat.render([conversations[index] for index in chat]), strict=True))
+            self.straddling += self._chat.straddling
         return [self._examples(conversation, drafts[index]) for index, conversation in enumerate(conversations)]
 
     def render_context(self, conversation: Conversation) -> list[int]:
@@ -127,7 +141,7 @@ class Renderer:
         return examples
 
     def _example(self, conversation: Conversation, draft: Draft) -> TokenizedExample | Rejection:
-        if self.max_length is not None and len(draft.token_ids) > self.max_length:
+        if not self.keeps_long_rows and self.max_length is not None and len(draft.token_ids) > self.max_length:
             return Rejection(
                 source=conversation.source,
                 reason="longer than max_length",

@@ -200,7 +200,17 @@ class DataConfig(BaseModel):
     columns: Columns | None = Field(default=None, description="columns of every source that gives none itself")
     format: FormatName | None = Field(default=None, description="format of every source that gives none itself")
     max_length: int | None = Field(
-        default=None, ge=2, description="tokens; a longer row is rejected. null: the model's limit"
+        default=None,
+        ge=2,
+        description="tokens; `on_too_long` says what becomes of a longer row. null: the model's limit",
+    )
+    on_too_long: Literal["reject", "drop", "left", "right", "split"] = Field(
+        default="reject",
+        description="reject: a bad row, see on_bad_row; drop: left out and counted; left: its context is shortened from the left; "
+        "right: its gold is cut from the right; split: several examples, the context repeated",
+    )
+    end_token_after_cut: bool = Field(
+        default=False, description="on_too_long: right. gold that was cut still ends with its end token"
     )
     on_bad_row: Literal["stop", "skip"] = Field(
         default="stop",

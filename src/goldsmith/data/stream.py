@@ -14,16 +14,19 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from goldsmith.data.fitting import RowFitter
 from goldsmith.data.loader import Dataset, render_rows
 from goldsmith.data.rendering import Renderer
 from goldsmith.data.rows import DataConfig, Rejection, SourceConfig, source_name
 from goldsmith.data.sources import SourceReader
+from goldsmith.data.truncation import Fitted, Losses
 from goldsmith.errors import CheckpointError, DataError
 from goldsmith.records import DataReport, FileReport
 from goldsmith.types import Conversation, TokenizedExample
@@ -58,22 +61,26 @@ class ExampleStream:
         seed: int,
         batch_size: int,
         base_folder: Path = Path(),
+        parts_share_weight: bool = False,
     ) -> None:
         """
         Args:
             sources: all of them streamed.
-            config: its `columns`, `format` and `on_bad_row`.
+            config: its `columns`, `format`, `on_bad_row` and `on_too_long`.
             renderer: also says the longest length.
             seed: of the run.
             batch_size: examples a step.
             base_folder: what the paths of sources are relative to.
+            parts_share_weight: see `LengthLimit`.
         """
         self.source_names = [source_name(source) for source in sources]
         self._renderer = renderer
         self._seed = seed
         self._batch_size = batch_size
+        fitter = RowFitter(renderer, config, parts_share_weight=parts_share_weight)
         self._windows = [
-            _Window(source, config=config, renderer=renderer, base_folder=base_folder) for source in sources
+            _Window(source, config=config, renderer=renderer, fitter=fitter, base_folder=base_folder)
+            for source in sources
         ]
         repeats = np.array([source.repeat for source in sources])
         self._shares = np.cumsum(repeats / repeats.sum())
@@ -174,10 +181,13 @@ class ExampleStream:
 class _Window:
     """The window over one source, and how far it was read."""
 
-    def __init__(self, source: SourceConfig, *, config: DataConfig, renderer: Renderer, base_folder: Path) -> None:
+    def __init__(
+        self, source: SourceConfig, *, config: DataConfig, renderer: Renderer, fitter: RowFitter, base_folder: Path
+    ) -> None:
         self._source = source
         self._config = config
         self._renderer = renderer
+        self._fitter = fitter
         self._base_folder = base_folder
         self._size = source.window or DEFAULT_WINDOW
         self._reader = self._new_reader(source)
@@ -190,6 +200,7 @@ class _Window:
         self._next: _Key = (0, 0)  # what is read next: every row before it was counted
         self._rows_in = self._used = self._used_in_pass = self._examples = self._tokens = self._gold_tokens = 0
         self._rejected: dict[str, int] = {}
+        self._losses = Losses()
         self._arrivals = self._read(self._next)
 
     def take(self, number: int) -> tuple[_Key, list[TokenizedExample]]:
@@ -213,6 +224,7 @@ class _Window:
             "tokens": self._tokens,
             "gold_tokens": self._gold_tokens,
             "rejected": dict(self._rejected),
+            "losses": asdict(self._losses),
         }
 
     def restore(self, state: Mapping[str, Any], also: Collection[_Key]) -> dict[_Key, list[TokenizedExample]]:
@@ -241,13 +253,14 @@ class _Window:
                     f"{self._source.path} no longer holds what the checkpoint stands at: row {missing[1] + 1} cannot be used",
                     remedy="restore the data that the run began with",
                 )
-            if isinstance(result, list):
-                found[key] = result
+            if result is not None and isinstance(result.examples, list):
+                found[key] = result.examples
         self._rows = [(key, found[key]) for key in keys]
         self._next = end
         self._rows_in, self._used, self._used_in_pass = state["rows_in"], state["used"], state["used_in_pass"]
         self._examples, self._tokens, self._gold_tokens = state["examples"], state["tokens"], state["gold_tokens"]
         self._rejected = dict(state["rejected"])
+        self._losses = Losses(**state["losses"])
         return found
 
     def report(self) -> FileReport:
@@ -267,6 +280,7 @@ class _Window:
             format=self._reader.format or "",
             format_detected=self._is_detected,
             revision=self._source.revision,
+            **self._losses.of_report(),
         )
 
     def identity(self) -> str:
@@ -279,10 +293,10 @@ class _Window:
 
     def _enter(self) -> tuple[_Key, list[TokenizedExample]]:
         """The next usable row; those that are rejected before it are counted."""
-        for key, result in self._arrivals:
+        for key, fitted in self._arrivals:
             if key < self._next:  # the end of a pass that is behind us
                 continue
-            if result is None:
+            if fitted is None:
                 if self._used_in_pass == 0:
                     reasons = ", ".join(f"{reason}: {count}" for reason, count in self._rejected.items())
                     raise DataError(
@@ -294,6 +308,8 @@ class _Window:
                 continue
             self._next = (key[0], key[1] + 1)
             self._rows_in += 1
+            result = fitted.examples
+            self._losses += fitted.losses
             if isinstance(result, Rejection):
                 if self._config.on_bad_row == "stop":
                     raise DataError(
@@ -301,6 +317,8 @@ class _Window:
                         remedy="mend this row, or leave such rows out with `data.on_bad_row: skip`",
                     )
                 self._rejected[result.reason] = self._rejected.get(result.reason, 0) + 1
+                continue
+            if not result:  # dropped for its length
                 continue
             self._used += 1
             self._used_in_pass += 1
@@ -312,7 +330,7 @@ class _Window:
 
     def _read(
         self, start: _Key, *, end: _Key = (0, 0), wanted: Collection[_Key] = ()
-    ) -> Iterator[tuple[_Key, list[TokenizedExample] | Rejection | None]]:
+    ) -> Iterator[tuple[_Key, Fitted | None]]:
         """What becomes of each row from `start` on, pass after pass; behind the last row of a pass (pass, rows), None.
 
         Before `end` only the rows `wanted` are rendered; the others are passed over.
@@ -337,10 +355,13 @@ class _Window:
 
     def _rendered(
         self, items: Sequence[tuple[_Key, Conversation | TokenizedExample | Rejection]]
-    ) -> Iterator[tuple[_Key, list[TokenizedExample] | Rejection]]:
+    ) -> Iterator[tuple[_Key, Fitted]]:
         results = iter(render_rows(self._renderer, [item for _, item in items if not isinstance(item, Rejection)]))
         for key, item in items:
-            yield key, item if isinstance(item, Rejection) else next(results)
+            if isinstance(item, Rejection):
+                yield key, Fitted(examples=item, losses=Losses())
+            else:
+                yield key, self._fitter.fit(item, next(results))
 
 
 def _key(text: str) -> _Key:

@@ -42,6 +42,7 @@ __all__ = [
     "choose_trained",
     "dataset_of",
     "own_limit_of",
+    "renderer_of",
     "stream_of",
     "tokenizer_of",
 ]
@@ -83,6 +84,11 @@ def own_limit_of(recipe: Recipe) -> int | None:
     return recipe.model.init.get("max_position_embeddings")
 
 
+def renderer_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Renderer:
+    """What renders the recipe's rows; who reads them applies `max_length`, by the policy `data.on_too_long`."""
+    return Renderer(tokenizer, recipe.rendering, max_length, keeps_long_rows=True)
+
+
 def dataset_of(recipe: Recipe, renderer: Renderer, split: Literal["train", "eval"], rows: Rows | None) -> Dataset:
     """The rows of a split, read and rendered; `rows` in memory take the place of the recipe's files."""
     sources = recipe.data.train if split == "train" else recipe.data.eval
@@ -92,6 +98,7 @@ def dataset_of(recipe: Recipe, renderer: Renderer, split: Literal["train", "eval
         renderer=renderer,
         base_folder=Path.cwd(),
         split=split,
+        parts_share_weight=recipe.objective.normalization == "example",
     )
 
 
@@ -104,6 +111,7 @@ def stream_of(recipe: Recipe, renderer: Renderer) -> ExampleStream:
         seed=recipe.training.seed,
         batch_size=recipe.training.batch_size,
         base_folder=Path.cwd(),
+        parts_share_weight=recipe.objective.normalization == "example",
     )
 
 

@@ -23,7 +23,6 @@ import goldsmith
 from goldsmith import distributed
 from goldsmith.data.hub import hub_revision
 from goldsmith.data.loader import Dataset
-from goldsmith.data.rendering import Renderer
 from goldsmith.data.rows import SourceConfig
 from goldsmith.data.stream import ExampleStream
 from goldsmith.data.tokenizer import load_tokenizer
@@ -51,6 +50,7 @@ from goldsmith.workflows.materials import (
     choose_trained,
     dataset_of,
     own_limit_of,
+    renderer_of,
     stream_of,
     tokenizer_of,
 )
@@ -203,7 +203,7 @@ def _run(
     own_limit = own_limit_of(resolved)
     tokenizer = _shared_tokenizer(resolved, folder, train_rows)
     max_length = resolved.data.max_length or own_limit
-    renderer = Renderer(tokenizer, resolved.rendering, max_length)
+    renderer = renderer_of(resolved, tokenizer, max_length)
     stream = stream_of(resolved, renderer) if resolved.data.is_streamed and train_rows is None else None
     if stream is None:
         train_data = dataset_of(resolved, renderer, "train", train_rows)
@@ -213,12 +213,15 @@ def _run(
         train_data = stream.first()
         say("training data: streamed, its rows are checked as they come")
     _say_formats(say, train_data if stream is None else stream)
+    if stream is None:
+        _say_losses(say, train_data.report, "training data")
     _say_unknown(say, train_data, "training data")
     eval_data = None
     if resolved.data.eval or eval_rows is not None:
         eval_data = dataset_of(resolved, renderer, "eval", eval_rows)
         say(f"held-out data: {eval_data.report.used:,} of {eval_data.report.rows_in:,} rows")
         _say_formats(say, eval_data)
+        _say_losses(say, eval_data.report, "held-out data")
         _say_unknown(say, eval_data, "held-out data")
 
     causal_lm = causal_lm_of(resolved, tokenizer, device)
@@ -281,6 +284,7 @@ def _run(
     if stream is not None:
         train_report = stream.report()
         _say_stream(say, train_report)
+        _say_losses(say, train_report, "training data")
 
     outcome = RunResult(
         output_dir=folder,
@@ -607,6 +611,15 @@ def _say_stream(say: _Say, report: DataReport) -> None:
     for file in report.files:
         rejected = "".join(f", {count:,} rejected ({reason})" for reason, count in file.rejected.items())
         say(f"  {file.name}: {file.used:,} of {file.rows_in:,} rows that were read{rejected}")
+
+
+def _say_losses(say: _Say, report: DataReport, name: str) -> None:
+    for file in report.files:
+        if file.too_long:
+            say(
+                f"{name}, {file.path}: {file.too_long:,} rows are longer than max_length: {file.dropped:,} left out, {file.cut:,} "
+                f"cut, {file.split:,} split; lost are {file.tokens_lost:,} tokens, {file.gold_tokens_lost:,} of them gold"
+            )
 
 
 def _say_formats(say: _Say, data: Dataset | ExampleStream) -> None:

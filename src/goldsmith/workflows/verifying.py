@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 
-from goldsmith.data.rendering import Renderer
 from goldsmith.errors import ConfigError
 from goldsmith.inspection.verify import VerifyReport
 from goldsmith.inspection.verify import verify as verify_model
@@ -15,7 +14,14 @@ from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.load import resolve_device, silence_randomness
 from goldsmith.models.proof import prove
 from goldsmith.recipe import Recipe
-from goldsmith.workflows.materials import causal_lm_of, choose_trained, dataset_of, own_limit_of, tokenizer_of
+from goldsmith.workflows.materials import (
+    causal_lm_of,
+    choose_trained,
+    dataset_of,
+    own_limit_of,
+    renderer_of,
+    tokenizer_of,
+)
 
 __all__ = ["verify"]
 
@@ -42,7 +48,7 @@ def verify(
     device = resolve_device(recipe.model.device)
     own_limit = own_limit_of(recipe)
     tokenizer = tokenizer_of(recipe, None)
-    renderer = Renderer(tokenizer, recipe.rendering, recipe.data.max_length or own_limit)
+    renderer = renderer_of(recipe, tokenizer, recipe.data.max_length or own_limit)
     data = dataset_of(recipe, renderer, "train", None)
     causal_lm: Any = causal_lm_of(recipe, tokenizer, device, dtype="float32" if dtype == "auto" else dtype)
     silence_randomness(causal_lm)
