@@ -286,7 +286,7 @@ def sign_flip_test(differences: npt.ArrayLike, *, num_resamples: int = 9999, see
         raise ValueError("a value is not finite")
     generator = np.random.default_rng(seed)
     if values.size > _MOST_BLOCKS:
-        values = np.bincount(generator.permutation(np.arange(values.size) % _MOST_BLOCKS), weights=values)
+        values = group_totals(generator.permutation(np.arange(values.size) % _MOST_BLOCKS), values)
     # A sum that is equal but for the order of its terms counts as equal.
     least = abs(float(values.sum())) - 1e-12 * float(np.abs(values).sum())
     as_far, rows_at_once = 1, max(1, _DRAWS_PER_CHUNK // values.size)

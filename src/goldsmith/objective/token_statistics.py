@@ -71,10 +71,16 @@ def token_statistics(
     """
     num_targets, vocabulary = hidden_KD.shape[0], head.weight_VD.shape[0]
     device_type = hidden_KD.device.type
-    product_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden_KD.dtype
+    is_autocast = torch.is_autocast_enabled(device_type) and hidden_KD.dtype != torch.float64
+    product_dtype = torch.get_autocast_dtype(device_type) if is_autocast else hidden_KD.dtype
     sum_dtype = torch.float64 if hidden_KD.dtype == torch.float64 else torch.float32
     if chunk_size is None:
-        chunk_size = default_chunk_size(vocabulary, element_bytes=hidden_KD.element_size())
+        chunk_size = default_chunk_size(
+            vocabulary,
+            # Logits are never in half precision.
+            element_bytes=max(4, hidden_KD.element_size()),
+            device_type=device_type,
+        )
     top = min(top, vocabulary)
 
     def empty(*size: int, dtype: torch.dtype = sum_dtype) -> torch.Tensor:

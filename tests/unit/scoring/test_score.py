@@ -17,7 +17,9 @@ from goldsmith.data.loader import Dataset
 from goldsmith.errors import DataError, NumericalError
 from goldsmith.models.evaluate import iterate_log_probs, sum_log_likelihood
 from goldsmith.models.likelihood import LikelihoodModel
-from goldsmith.scoring.score import ScoreTally, gold_token_texts, score_dataset, summarize
+from goldsmith.scoring.score import score_dataset
+from goldsmith.scoring.summary import ScoreTally, summarize
+from goldsmith.scoring.texts import gold_token_texts
 from goldsmith.types import TokenizedExample, TokenScores
 
 VOCABULARY = 40
