@@ -28,9 +28,6 @@ class TokenTexts:
 
         self._decode: Decode = decode
         self._of_token: dict[int, str] = {}
-        # Some decoders drop the space that the first token begins with, so a single token is decoded behind another.
-        letters = tokenizer("a", add_special_tokens=False)["input_ids"]
-        self._before = tuple(int(token_id) for token_id in letters[-1:])
 
     def of_gold(self, example: TokenizedExample) -> list[str]:
         """See `gold_token_texts`."""
@@ -39,7 +36,10 @@ class TokenTexts:
     def of_token(self, token_id: int) -> str:
         """One token by itself; a token that is no whole character has the replacement character."""
         if token_id not in self._of_token:
-            known, whole = self._decode(self._before), self._decode((*self._before, token_id))
+            # Some decoders drop the space that the first token begins with, so a single token is decoded behind another.
+            letters = self._tokenizer("a", add_special_tokens=False)["input_ids"]
+            before = tuple(int(letter) for letter in letters[-1:])
+            known, whole = self._decode(before), self._decode((*before, token_id))
             text = whole[len(known) :] if whole.startswith(known) else self._decode((token_id,))
             self._of_token[token_id] = text
         return self._of_token[token_id]
