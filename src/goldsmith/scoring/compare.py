@@ -78,6 +78,11 @@ class PairedExample:
         """False where the two are known to have scored gold of different byte lengths."""
         return not (self.a.num_bytes and self.b.num_bytes) or self.a.num_bytes == self.b.num_bytes
 
+    @property
+    def has_same_context(self) -> bool:
+        """False where the two are known to have scored the gold after other contexts: rendered otherwise."""
+        return self.a.context is None or self.b.context is None or self.a.context == self.b.context
+
     def to_json(self) -> dict[str, object]:
         return {
             "example_id": self.example_id,
@@ -225,6 +230,11 @@ class Comparison:
         return sum(pair.is_differently_tokenized for pair in self.pairs)
 
     @property
+    def num_other_contexts(self) -> int:
+        """Shared examples whose gold the two are known to have scored after other contexts."""
+        return sum(not pair.has_same_context for pair in self.pairs)
+
+    @property
     def higher(self) -> str | None:
         """The name of the one that gives the shared gold the higher likelihood; None for a tie."""
         if abs(self.mean_difference.estimate) <= self.tie_tolerance:
@@ -360,6 +370,7 @@ class Comparison:
             "num_rows": self.num_rows,
             "sign_p": self.sign_p,
             "num_differently_tokenized": self.num_differently_tokenized,
+            "num_other_contexts": self.num_other_contexts,
             "tie_tolerance": self.tie_tolerance,
             "num_starts_known": self.num_starts_known,
             "starts": list(self.starts),

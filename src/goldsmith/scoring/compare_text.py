@@ -45,6 +45,11 @@ def _heading(comparison: Comparison) -> str:
     num_other_gold = sum(not pair.has_same_length for pair in comparison.pairs)
     if num_other_gold:
         lines.append(f"careful: the gold differs in byte length on {plural(num_other_gold, 'example')}")
+    if comparison.num_other_contexts:
+        lines.append(
+            f"careful: the context differs on {plural(comparison.num_other_contexts, 'example')}: "
+            "the rows were rendered otherwise (a separator, a chat template)"
+        )
     if comparison.num_differently_tokenized:
         lines.append(
             f"the gold is tokenised differently on {plural(comparison.num_differently_tokenized, 'example')}: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -316,6 +317,16 @@ def test_a_comparison_as_a_data_frame_and_as_html() -> None:
     assert frame["difference"].tolist() == [1.0, 0.0]
     assert "&lt;a&gt; - b" in comparison._repr_html_()
     assert "<a>" not in comparison._repr_html_()
+
+
+def test_gold_after_other_contexts_is_told() -> None:
+    a, b = scores(x=-1.0, y=-2.0), scores(x=-2.0, y=-2.0)
+    with_contexts = [
+        [replace(one, context=f"{one.example_id}{end}") for one in own] for own, end in ((a, ""), (b, "\n"))
+    ]
+    assert compare(*with_contexts).num_other_contexts == 2
+    assert "careful: the context differs on 2 examples" in str(compare(*with_contexts))
+    assert compare(with_contexts[0], b).num_other_contexts == 0
 
 
 # --- more than two
