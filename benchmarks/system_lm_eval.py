@@ -28,7 +28,13 @@ def main() -> None:
     folder, setting, result_file = Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
     pairs: list[dict[str, Any]] = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     pairs = pairs[: setting["pairs"]]
-    harness = HFLM(pretrained=str(folder / "model"), device="cpu", dtype="float32", batch_size=setting["batch_size"])
+    harness = HFLM(
+        pretrained=str(folder / "model"),
+        device="cpu",
+        dtype="float32",
+        batch_size=setting["batch_size"],
+        softmax_dtype=setting.get("softmax_dtype"),
+    )
     ids: list[list[list[int]]] = []
     if "context" in pairs[0]:
         requests = [
