@@ -239,8 +239,8 @@ def to_markdown(results: Sequence[Json], facts: Json) -> str:
         "",
         "Seconds from the text (or ids) to the last log P, model loaded and warm, float32, medians of rounds in turn; the",
         "harness with the fastest of the batch sizes tried. Differences, in nats, are of pairs that both cut into the same",
-        "tokens: with the harness' log-softmax and sums in float64, and as it is, where it sums a continuation in float32 (whose steps are 1.2e-4",
-        "above 1,024 nats).",
+        "tokens: with the harness' log-softmax and sums in float64, and as it is, where it sums a continuation in float32",
+        "(whose steps are 1.2e-4 above 1,024 nats).",
         "",
         "| workload | pairs | tokens | gold | goldsmith s | lm-eval s | batch size | speed "
         "| same ids | largest difference | as it is |",
