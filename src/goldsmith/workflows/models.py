@@ -27,7 +27,7 @@ from goldsmith.training.checkpoint import load_weights
 from goldsmith.types import Conversation, Message
 from goldsmith.workflows.materials import Rows, causal_lm_of
 
-__all__ = ["Answer", "Answers", "OpenModel", "generate", "open_model"]
+__all__ = ["Answer", "Answers", "OpenModel", "generate", "only_role", "open_model"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +116,19 @@ def open_model(
         renderer=Renderer(tokenizer, rendering, limit),
         columns=columns,
         shares_contexts=proof.shares_contexts,
-        role=rendering.train_on if isinstance(rendering.train_on, str) else None,
+        role=only_role(rendering.train_on),
     )
+
+
+def only_role(train_on: object) -> str | None:
+    """The role of all gold where `rendering.train_on` names one alone.
+
+    >>> only_role("assistant"), only_role(("tool",)), only_role(("user", "assistant")), only_role("all")
+    ('assistant', 'tool', None, None)
+    """
+    roles = (train_on,) if isinstance(train_on, str) else train_on
+    only = roles[0] if isinstance(roles, list | tuple) and len(roles) == 1 else None
+    return only if isinstance(only, str) and only != "all" else None
 
 
 @dataclass(frozen=True, kw_only=True)
