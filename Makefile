@@ -11,13 +11,14 @@ DEVELOPMENT := .venv/.goldsmith-development
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench faults invariance clean
+.PHONY: help demo test lint format bench bench-lm-eval faults invariance clean
 
 help:
 	@echo "make demo        train on real gold in two minutes, and look at the result"
 	@echo "make test        ruff, mypy, import-linter, pytest with doctests"
 	@echo "make format      let ruff mend what it can"
 	@echo "make bench       speed and memory beside a plain loop"
+	@echo "make bench-lm-eval  log P and speed beside lm-evaluation-harness"
 	@echo "make faults      the long campaign of kills and cuts"
 	@echo "make invariance  every cut of a step against a plain loop: the whole product (SHARD=i/n: a part of it)"
 	@echo "make clean       remove .venv and every cache; runs/ stays"
@@ -40,6 +41,10 @@ format: $(DEVELOPMENT)
 
 bench: $(DEVELOPMENT)
 	$(BIN)/python benchmarks/run.py
+
+bench-lm-eval: $(DEVELOPMENT)
+	test -x benchmarks/.venv-lm-eval/bin/pip || $(BIN)/python benchmarks/lm_eval.py --install
+	$(BIN)/python benchmarks/lm_eval.py
 
 faults: $(DEVELOPMENT)
 	$(BIN)/python -m pytest tests -m campaign

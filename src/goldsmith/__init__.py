@@ -13,18 +13,23 @@ if TYPE_CHECKING:
     __version__: str
     from goldsmith.errors import GoldsmithError
     from goldsmith.recipe import Recipe, load_recipe
-    from goldsmith.scoring.compare import Comparison, compare, scores_from_probabilities
+    from goldsmith.scoring.compare import Comparison, scores_from_probabilities
     from goldsmith.scoring.files import read_scores
+    from goldsmith.scoring.ranking import Ranking, compare
+    from goldsmith.scoring.summary import ScoreSummary
     from goldsmith.types import TokenScore, TokenScores
-    from goldsmith.workflows import generate, inspect, score, train, verify
+    from goldsmith.workflows import compare_models, generate, inspect, score, train, verify
 
 __all__ = [
     "Comparison",
     "GoldsmithError",
+    "Ranking",
     "Recipe",
+    "ScoreSummary",
     "TokenScore",
     "TokenScores",
     "compare",
+    "compare_models",
     "generate",
     "inspect",
     "load_recipe",
@@ -38,10 +43,13 @@ __all__ = [
 _HOME = {
     "Comparison": "goldsmith.scoring.compare",
     "GoldsmithError": "goldsmith.errors",
+    "Ranking": "goldsmith.scoring.ranking",
     "Recipe": "goldsmith.recipe",
+    "ScoreSummary": "goldsmith.scoring.summary",
     "TokenScore": "goldsmith.types",
     "TokenScores": "goldsmith.types",
-    "compare": "goldsmith.scoring.compare",
+    "compare": "goldsmith.scoring.ranking",
+    "compare_models": "goldsmith.workflows",
     "generate": "goldsmith.workflows",
     "inspect": "goldsmith.workflows",
     "load_recipe": "goldsmith.recipe",

@@ -81,7 +81,10 @@ ColumnsOption = Annotated[
     ),
 ]
 SkipOption = Annotated[bool, typer.Option("--skip-bad-rows", help="Count rows that cannot be used, and go on.")]
-BudgetOption = Annotated[int, typer.Option(min=1, help="Tokens that go through the model at a time.")]
+BudgetOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens that go through the model at a time; default: what suits the device."),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -261,9 +264,22 @@ def score(
     ],
     columns: ColumnsOption = None,
     with_tokens: Annotated[
-        bool, typer.Option("--tokens", help="Write the log-probability of every gold token.")
+        bool,
+        typer.Option(
+            "--tokens", help="Write every gold token: its log-probability, rank, the best one's, the entropy."
+        ),
     ] = False,
-    output: Annotated[str | None, typer.Option("--output", "-o", metavar="FILE", help="Write score rows here.")] = None,
+    alternatives: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Write the N likeliest tokens at each place too.")
+    ] = 0,
+    without_context: Annotated[
+        bool, typer.Option("--without-context", help="Also score the gold without its context: how much does it help?")
+    ] = False,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write score rows here; .parquet for Parquet."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of DATA.")] = None,
     skip_bad_rows: SkipOption = False,
     max_length: Annotated[
         int | None, typer.Option(min=2, help="Reject longer rows; default: the model's limit.")
@@ -271,15 +287,18 @@ def score(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
-    tokens_per_microbatch: BudgetOption = 8192,
+    tokens_per_microbatch: BudgetOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> Result:
-    """Score gold: log P(y | x) of every row of DATA under MODEL, in nats, and its mean with an interval.
+    """Score gold: log P(y | x) of every row of DATA under MODEL, in nats, and its figures with intervals.
+
+    An interrupted run that writes --output goes on when the same command comes again.
 
     \b
     Example:
       goldsmith score runs/legal/model test.jsonl --tokens --output scores.jsonl
+      goldsmith score runs/legal test.jsonl --alternatives 5 --output scores.parquet
       goldsmith score HuggingFaceTB/SmolLM2-135M gsm8k.jsonl --columns prompt=question --columns completion=answer
     """
     from goldsmith import workflows
@@ -289,7 +308,10 @@ def score(
         data,
         columns=_columns(columns),
         with_tokens=with_tokens,
+        alternatives=alternatives,
+        without_context=without_context,
         output=output,
+        limit=limit,
         on_bad_row="skip" if skip_bad_rows else "stop",
         max_length=max_length,
         device=device,
@@ -300,25 +322,52 @@ def score(
     )
 
 
-@_command("Which of two models gives the same gold the higher likelihood.")
+@_command("Which of several models gives the same gold the higher likelihood.")
 def compare(
-    a: Annotated[
-        str, typer.Argument(metavar="A", help="A file of score rows, as `goldsmith score --output` writes it.")
+    subjects: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B [C...] [DATA]",
+            help="Score files, as `goldsmith score --output` writes them; or models, and then a file of gold.",
+        ),
     ],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another, of the same examples under another model.")],
+    columns: ColumnsOption = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of DATA.")] = None,
+    skip_bad_rows: SkipOption = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    tokens_per_microbatch: BudgetOption = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> Result:
-    """Compare two score files, example by example: the difference of log P, its mean with an interval, who is higher.
+    """Compare models on the same gold, example by example: the difference of log P, its mean with an interval, who is higher.
+
+    Two are compared, more are ranked. Other tokenizers do no harm: log P is of the whole gold.
 
     \b
     Example:
-      goldsmith score model-a test.jsonl --output a.jsonl
-      goldsmith score model-b test.jsonl --output b.jsonl
+      goldsmith compare runs/small runs/large test.jsonl
+      goldsmith score model-a test.jsonl --tokens --output a.jsonl
+      goldsmith score model-b test.jsonl --tokens --output b.jsonl
       goldsmith compare a.jsonl b.jsonl
     """
     from goldsmith import workflows
 
-    return workflows.compare_files(a, b)
+    if len(subjects) < 2:
+        raise ConfigError(
+            f"compare wants two models or score files at least, not {len(subjects)}",
+            remedy="for example: goldsmith compare a.jsonl b.jsonl, or goldsmith compare MODEL-A MODEL-B test.jsonl",
+        )
+    return workflows.compare(
+        *subjects,
+        columns=_columns(columns),
+        limit=limit,
+        on_bad_row="skip" if skip_bad_rows else "stop",
+        device=device,
+        dtype=dtype,
+        tokens_per_microbatch=tokens_per_microbatch,
+        quiet=quiet,
+    )
 
 
 @_command("The fast path against a plain one, on your own model and rows.")

@@ -182,8 +182,9 @@ class TokenScores:
         num_bytes: UTF-8 length of the gold text without the end token.
         tokens: the gold tokens in order; None where they were not asked for.
         source_name: of the source; empty where unknown.
-        weighted_log_prob: sum of weight * log_prob over the gold tokens; None where unknown (then all weights are 1).
-        weight_sum: of the gold tokens; None likewise.
+        weighted_log_prob: sum of weight * log_prob over the gold tokens, times the example's own weight, as the objective
+            weighs it; None where unknown (then all weights are 1).
+        weight_sum: of the gold tokens, times the example's own weight; None likewise.
         context_tokens: how many tokens stand before the first gold token; None where unknown.
         context: their text, where it was asked for.
         log_prob_without_context: of the gold after the beginning token alone, where it was asked for.

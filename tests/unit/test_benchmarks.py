@@ -16,7 +16,7 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 MODULES = ["child", "machine", "tables", "workloads", "run", "system_goldsmith", "system_plain"]
-MODULES += ["attention_groups", "measure_matmul", "profile_step"]
+MODULES += ["attention_groups", "measure_matmul", "profile_step", "lm_eval", "system_goldsmith_scores"]
 
 
 @pytest.fixture(scope="module")

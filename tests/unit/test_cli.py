@@ -30,7 +30,7 @@ COMMANDS = {
     "inspect": ["recipe.yaml"],
     "demo": [],
 }
-WORKFLOWS = {"compare": "compare_files"}
+WORKFLOWS: dict[str, str] = {}
 
 
 class Outcome:
@@ -193,6 +193,23 @@ def test_score_passes_its_options(workflows: Workflows) -> None:
     assert keywords["max_length"] == 9
 
 
+def test_score_passes_what_is_new(workflows: Workflows) -> None:
+    options = "--alternatives 5 --without-context --limit 3 -o s.parquet"
+    assert run("score", "model", "data.jsonl", *options.split()).exit_code == 0
+    assert workflows.call is not None
+    keywords = workflows.call[2]
+    assert (keywords["alternatives"], keywords["without_context"], keywords["limit"]) == (5, True, 3)
+    assert (keywords["output"], keywords["tokens_per_microbatch"]) == ("s.parquet", None)
+
+
+def test_compare_takes_any_number(workflows: Workflows) -> None:
+    assert run("compare", "a", "b", "c", "data.jsonl", "--columns", "prompt=question", "--limit", "4").exit_code == 0
+    assert workflows.call is not None
+    name, arguments, keywords = workflows.call
+    assert (name, arguments) == ("compare", ("a", "b", "c", "data.jsonl"))
+    assert (keywords["columns"], keywords["limit"]) == ({"prompt": "question"}, 4)
+
+
 def test_generate_takes_prompts_in_place_of_data(workflows: Workflows) -> None:
     assert run("generate", "model", "-p", "one", "-p", "two").exit_code == 0
     assert workflows.call is not None
@@ -342,12 +359,12 @@ class Outcome:
     def to_json(self): return {"word": "\\u0259"}
     def __str__(self): return "\\u0259" * 100_000
 
-def compare_files(a, b):
+def compare(a, b, **options):
     print("started", file=sys.stderr, flush=True)
     time.sleep(float(a))
     return Outcome()
 
-goldsmith.workflows = types.SimpleNamespace(compare_files=compare_files)
+goldsmith.workflows = types.SimpleNamespace(compare=compare)
 sys.argv = ["goldsmith", "compare", *sys.argv[1:]]
 main()
 """

@@ -12,10 +12,13 @@ import goldsmith
 PUBLIC = [
     "Comparison",
     "GoldsmithError",
+    "Ranking",
     "Recipe",
+    "ScoreSummary",
     "TokenScore",
     "TokenScores",
     "compare",
+    "compare_models",
     "generate",
     "inspect",
     "load_recipe",

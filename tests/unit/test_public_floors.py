@@ -20,10 +20,13 @@ NAMES = [str(file.relative_to(SOURCE)) for file in FILES]
 PUBLIC_NAMES = {
     "Comparison",
     "GoldsmithError",
+    "Ranking",
     "Recipe",
+    "ScoreSummary",
     "TokenScore",
     "TokenScores",
     "compare",
+    "compare_models",
     "generate",
     "load_recipe",
     "read_scores",

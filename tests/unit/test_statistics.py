@@ -15,9 +15,13 @@ from goldsmith.statistics import (
     Interval,
     bootstrap_interval,
     bootstrap_ratio,
+    bootstrap_ratios,
     edit_distance,
     group_totals,
+    holm,
     paired_bootstrap,
+    sign_flip_test,
+    sign_test,
 )
 
 
@@ -151,3 +155,76 @@ def test_group_totals_take_labels_of_any_kind() -> None:
 
 def test_scaling_by_a_negative_factor_keeps_low_below_high() -> None:
     assert Interval(estimate=-2.0, low=-3.0, high=-1.0).scaled(-1.0) == Interval(estimate=2.0, low=1.0, high=3.0)
+
+
+@pytest.mark.parametrize("size", [2, 37, 20_001])
+def test_figures_together_have_the_intervals_that_each_has_alone(size: int) -> None:
+    generator = np.random.default_rng(5)
+    tops, bottoms = generator.random((size, 3)), generator.integers(1, 9, size=(size, 3)).astype(float)
+    together = bootstrap_ratios(tops, bottoms, num_resamples=200)
+    for figure, interval in enumerate(together):
+        alone = bootstrap_ratio(tops[:, figure], bottoms[:, figure], num_resamples=200)
+        assert interval.estimate == pytest.approx(alone.estimate, rel=1e-12)
+        assert interval.low == pytest.approx(alone.low, rel=1e-9)
+        assert interval.high == pytest.approx(alone.high, rel=1e-9)
+
+
+def test_a_figure_of_one_example_has_no_interval_beside_others_that_have() -> None:
+    tops = np.array([[1.0, 2.0], [3.0, 0.0], [2.0, 0.0]])
+    bottoms = np.array([[1.0, 4.0], [1.0, 0.0], [1.0, 0.0]])
+    whole, single = bootstrap_ratios(tops, bottoms, num_resamples=100)
+    assert whole.is_known
+    assert not single.is_known
+    assert single.estimate == 0.5
+
+
+@pytest.mark.parametrize(
+    ("tops", "bottoms", "told"),
+    [
+        (np.ones((2, 2)), np.ones((2, 1)), "one shape"),
+        (np.ones((0, 2)), np.ones((0, 2)), "one shape"),
+        (np.full((2, 1), np.inf), np.ones((2, 1)), "not finite"),
+        (np.ones((2, 2)), np.array([[1.0, 0.0], [1.0, 0.0]]), "sum to more than 0"),
+    ],
+)
+def test_bad_figures_are_told(tops: np.ndarray, bottoms: np.ndarray, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        bootstrap_ratios(tops, bottoms)
+
+
+@given(st.integers(0, 40), st.integers(0, 40))
+def test_the_sign_test_is_the_binomial_tail(wins: int, losses: int) -> None:
+    total = wins + losses
+    tail = sum(math.comb(total, k) for k in range(min(wins, losses) + 1)) / 2**total
+    assert sign_test(wins, losses) == pytest.approx(min(1.0, 2 * tail), rel=1e-9)
+
+
+def test_the_sign_test_of_a_million() -> None:
+    assert sign_test(500_000, 500_000) == 1.0
+    assert sign_test(503_000, 497_000) == pytest.approx(1.97e-9, rel=0.02)  # 6 standard deviations
+    with pytest.raises(ValueError, match="negative"):
+        sign_test(-1, 2)
+
+
+def test_flipping_signs_gives_the_share_of_all_flips() -> None:
+    values = np.array([3.0, 1.0, 2.0, -0.5, 1.5, 0.25])
+    flips = [np.dot(values, [1 - 2 * (mask >> i & 1) for i in range(6)]) for mask in range(64)]
+    exact = np.mean(np.abs(flips) >= abs(values.sum()) - 1e-9)
+    assert sign_flip_test(values, num_resamples=20_000) == pytest.approx(exact, abs=0.01)
+
+
+def test_flipping_signs_of_nothing_and_of_noise() -> None:
+    with pytest.raises(ValueError, match="vector"):
+        sign_flip_test([])
+    with pytest.raises(ValueError, match="not finite"):
+        sign_flip_test([math.nan])
+    assert sign_flip_test([0.0, 0.0]) == 1.0
+    generator = np.random.default_rng(0)
+    assert sign_flip_test(generator.normal(0.0, 1.0, 25_000), num_resamples=300) > 0.05
+    assert sign_flip_test(generator.normal(0.1, 1.0, 25_000), num_resamples=300) == 1 / 301
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.005, 0.011, 0.02, 0.04, 0.13]) == pytest.approx([0.025, 0.044, 0.06, 0.08, 0.13])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []

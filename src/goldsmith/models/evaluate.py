@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,12 +13,20 @@ import torch
 
 from goldsmith.data.loader import Dataset
 from goldsmith.data.packing import pack
+from goldsmith.data.shared_context import pack_shared, plan_shared_microbatches, shareable_length, shared_segments
 from goldsmith.errors import NumericalError
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.out_of_memory import OutOfMemoryError, is_out_of_memory, release_memory
 from goldsmith.types import PackedBatch
 
-__all__ = ["LikelihoodSums", "iterate_log_probs", "sum_log_likelihood"]
+__all__ = [
+    "GoldStatistics",
+    "LikelihoodSums",
+    "iterate_log_probs",
+    "statistics_of",
+    "sum_log_likelihood",
+    "windows",
+]
 
 # Examples are sorted by length within a window, so that a pack holds like lengths. A window ends at either limit: so
 # many examples, or so many packs' worth of tokens, after which its first result is due.
@@ -61,6 +70,28 @@ class LikelihoodSums:
     def nll_per_example(self) -> float:
         """The weighted mean over examples of nll(i) / W(i), nats. NaN over no examples."""
         return self.example_nll / self.example_weight_sum if self.example_weight_sum else float("nan")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GoldStatistics:
+    """One example's gold tokens in order. Legend: K gold tokens, N alternatives; what was not asked for is None.
+
+    Attributes:
+        log_probs: float64 [K], nats.
+        best_log_probs: float64 [K], of the likeliest token.
+        is_best: bool [K], no token is likelier than the gold one.
+        ranks: int64 [K]; 1 + the number of tokens that are strictly likelier.
+        entropies: float64 [K], nats.
+        top_ids, top_log_probs: [K, N], the likeliest tokens.
+    """
+
+    log_probs: npt.NDArray[np.float64]
+    best_log_probs: npt.NDArray[np.float64]
+    is_best: npt.NDArray[np.bool_]
+    ranks: npt.NDArray[np.int64] | None = None
+    entropies: npt.NDArray[np.float64] | None = None
+    top_ids: npt.NDArray[np.int64] | None = None
+    top_log_probs: npt.NDArray[np.float64] | None = None
 
 
 def iterate_log_probs(
@@ -126,6 +157,53 @@ def iterate_log_probs(
         start = end
 
 
+def statistics_of(
+    model: LikelihoodModel,
+    dataset: Dataset,
+    indices: Sequence[int] | npt.NDArray[np.int64],
+    *,
+    tokens_per_microbatch: int,
+    top: int = 0,
+    detailed: bool = False,
+    shares_contexts: bool = False,
+    device: torch.device | str | None = None,
+) -> list[GoldStatistics]:
+    """What scoring reads of some examples, in the order of `indices`; all of it is held, so give a window of them.
+
+    Args:
+        model, dataset, tokens_per_microbatch, device: as in `iterate_log_probs`.
+        top: how many of the likeliest tokens are listed at each place.
+        detailed: ranks and entropies too.
+        shares_contexts: carry a context that several of the examples begin with once; changes a value by rounding only.
+
+    Raises:
+        NumericalError: as `iterate_log_probs`.
+    """
+    chosen = np.asarray(indices, dtype=np.int64)
+    plan: list[list[int]] | None = None
+    if shares_contexts:
+        rows = [dataset[int(index)] for index in chosen]
+        shareable = [shareable_length(row.target_weights) for row in rows]
+        ids = [row.token_ids for row in rows]
+        if any(segment.parent != -1 for segment in shared_segments(ids, shareable)):
+            plan = plan_shared_microbatches(ids, shareable, tokens_per_microbatch)
+    is_shared = plan is not None
+    if plan is None:
+        plan = list(_packs(np.asarray(dataset.lengths, dtype=np.int64)[chosen], 0, len(chosen), tokens_per_microbatch))
+
+    def compute(batch: PackedBatch) -> dict[str, torch.Tensor]:
+        found = model.statistics(batch, top=top, detailed=detailed)
+        return {
+            field.name.removesuffix("_K").removesuffix("_KN"): value
+            for field in fields(found)
+            if (value := getattr(found, field.name)) is not None
+        }
+
+    packs = ((pack_shared if is_shared else pack)(dataset, chosen[places]) for places in plan)
+    target = model.device if device is None else device
+    return [GoldStatistics(**values) for values in _per_example(model, dataset, chosen, packs, plan, compute, target)]
+
+
 def sum_log_likelihood(
     model: LikelihoodModel,
     dataset: Dataset,
@@ -188,6 +266,21 @@ def _log_probs(
         return None
 
 
+def windows(
+    lengths: npt.NDArray[np.int64], tokens_per_microbatch: int, *, num_packs: int, num_examples: int
+) -> Iterator[tuple[int, int]]:
+    """Begin and end of stretches within which examples may be sorted by length; each holds at least one example.
+
+    A stretch ends at so many examples or at so many packs' worth of tokens, and depends on the lengths alone.
+    """
+    start = 0
+    while start < len(lengths):
+        within = np.cumsum(lengths[start : start + num_examples])
+        end = start + max(1, int(np.searchsorted(within, num_packs * tokens_per_microbatch, side="right")))
+        yield start, end
+        start = end
+
+
 def _window_end(lengths: npt.NDArray[np.int64], start: int, tokens_per_microbatch: int) -> int:
     """Where the window that begins at `start` ends: after at least one example."""
     within = np.cumsum(lengths[start : start + _WINDOW_EXAMPLES])
@@ -207,6 +300,35 @@ def _packs(lengths: npt.NDArray[np.int64], start: int, end: int, max_tokens: int
         num_tokens += length
     if places:
         yield places
+
+
+def _per_example(
+    model: LikelihoodModel,
+    dataset: Dataset,
+    chosen: npt.NDArray[np.int64],
+    packs: Iterator[PackedBatch],
+    plan: Iterable[list[int]],
+    compute: Callable[[PackedBatch], dict[str, torch.Tensor]],
+    device: torch.device | str,
+) -> list[dict[str, npt.NDArray[Any]]]:
+    """Run packs through the model, and deal what it computes of each gold token out to the examples `chosen`.
+
+    Args:
+        plan: of each pack, the places of its examples within `chosen`.
+        compute: name -> [K, ...] of a pack on the device; `log_probs` is one of them.
+    """
+    found: list[dict[str, npt.NDArray[Any]]] = [{} for _ in chosen]
+    for batch, places in zip(packs, plan, strict=True):
+        with _evaluating(model):
+            values = compute(batch.to(device))
+        ends = np.cumsum(np.bincount(batch.target_example.cpu().numpy(), minlength=len(places)))[:-1]
+        for name, tensor in values.items():
+            array = (tensor.double() if tensor.is_floating_point() else tensor).cpu().numpy()
+            for place, own in zip(places, np.split(array, ends), strict=True):
+                found[place][name] = own
+        for place in places:
+            found[place]["log_probs"] = _checked(found[place]["log_probs"], dataset, int(chosen[place]))
+    return found
 
 
 @contextmanager

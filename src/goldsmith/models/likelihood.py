@@ -14,6 +14,7 @@ from goldsmith.models.layout import PackLayout, pack_layout
 from goldsmith.models.lora import install_lora_layers
 from goldsmith.objective.cross_entropy import ObjectiveSums, OutputHead
 from goldsmith.objective.linear_cross_entropy import linear_cross_entropy
+from goldsmith.objective.token_statistics import TokenStatistics, token_statistics
 from goldsmith.types import PackedBatch
 
 __all__ = ["LikelihoodModel"]
@@ -121,3 +122,17 @@ class LikelihoodModel(nn.Module):
             label_smoothing=self.label_smoothing,
             chunk_size=self.chunk_size,
         )
+
+    def statistics(self, batch: PackedBatch, *, top: int = 0, detailed: bool = False) -> TokenStatistics:
+        """What scoring reads of the gold of a pack, by the same forward path; see `objective.token_statistics`.
+
+        Args:
+            batch: on the model's device.
+            top: how many of the likeliest tokens are listed.
+            detailed: ranks and entropies too.
+        """
+        with torch.no_grad():
+            hidden_KD = self.gold_states(batch)
+            return token_statistics(
+                hidden_KD, self.head(), batch.target_ids, top=top, detailed=detailed, chunk_size=self.chunk_size
+            )

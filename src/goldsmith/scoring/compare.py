@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from goldsmith.errors import ConfigError, DataError
-from goldsmith.scoring.files import read_scores, row_of
-from goldsmith.statistics import Interval, paired_bootstrap
+from goldsmith.scoring.compare_text import render_comparison
+from goldsmith.scoring.display import data_frame, html_table
+from goldsmith.scoring.files import row_of
+from goldsmith.scoring.summary import position_bins
+from goldsmith.statistics import Interval, bootstrap_ratios, group_totals, paired_bootstrap, sign_test
 from goldsmith.types import TokenScore, TokenScores
 
-__all__ = ["Comparison", "PairedExample", "compare", "compare_files", "scores_from_probabilities"]
+__all__ = [
+    "TIE_TOLERANCE",
+    "Comparison",
+    "PairedExample",
+    "PairedGroup",
+    "PairedToken",
+    "by_example_id",
+    "compare_pair",
+    "scores_from_probabilities",
+]
 
 # Two scores of one model, computed in another batching, differ by rounding; this near, in nats, is a tie.
 TIE_TOLERANCE = 1e-4
 
-_SHOWN_TOKENS = 24
-_FEW_EXAMPLES = 20
+_BREAKDOWNS = ("source", "position")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +59,14 @@ class PairedExample:
         return all(map(_may_be_same, self.a.tokens, self.b.tokens))
 
     @property
+    def is_differently_tokenized(self) -> bool:
+        """Whether the two are known to cut the gold into other tokens."""
+        if self.a.tokens is not None and self.b.tokens is not None:
+            return not self.has_same_tokens
+        counts = self.a.num_target_tokens, self.b.num_target_tokens
+        return bool(counts[0] and counts[1]) and counts[0] != counts[1]
+
+    @property
     def start_difference(self) -> float | None:
         """The difference on the first gold token alone; None where the first tokens are unknown or not the same."""
         if not self.a.tokens or not self.b.tokens or not _may_be_same(self.a.tokens[0], self.b.tokens[0]):
@@ -55,6 +78,11 @@ class PairedExample:
         """False where the two are known to have scored gold of different byte lengths."""
         return not (self.a.num_bytes and self.b.num_bytes) or self.a.num_bytes == self.b.num_bytes
 
+    @property
+    def has_same_context(self) -> bool:
+        """False where the two are known to have scored the gold after other contexts: rendered otherwise."""
+        return self.a.context is None or self.b.context is None or self.a.context == self.b.context
+
     def to_json(self) -> dict[str, object]:
         return {
             "example_id": self.example_id,
@@ -62,6 +90,64 @@ class PairedExample:
             "log_prob": [self.a.log_prob, self.b.log_prob],
             "difference": self.difference,
             "start_difference": self.start_difference,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairedToken:
+    """One gold token under both models.
+
+    Attributes:
+        position: in the gold, from 1.
+        log_probs: under the first and the second, nats.
+    """
+
+    example_id: str
+    position: int
+    text: str
+    log_probs: tuple[float, float]
+
+    @property
+    def difference(self) -> float:
+        return self.log_probs[0] - self.log_probs[1]
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "example_id": self.example_id,
+            "position": self.position,
+            "text": self.text,
+            "log_prob": list(self.log_probs),
+            "difference": self.difference,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairedGroup:
+    """The difference in one source, or at some positions of the gold.
+
+    Attributes:
+        by: `source` or `position`.
+        num_examples: of the source; or that have gold there.
+        difference: nats per example. Of a source: over its examples. Of positions: what their tokens add to the mean
+            difference of all examples, so that all positions sum to it.
+        wins, losses: examples on which the first, and the second, gives the gold (there) the higher likelihood.
+    """
+
+    by: str
+    label: str
+    num_examples: int
+    difference: Interval
+    wins: int
+    losses: int
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "by": self.by,
+            "label": self.label,
+            "num_examples": self.num_examples,
+            "difference": self.difference.to_json(),
+            "wins": self.wins,
+            "losses": self.losses,
         }
 
 
@@ -76,7 +162,10 @@ class Comparison:
         mean_difference: log P under the first minus log P under the second, nats an example, with a paired bootstrap
             interval over examples (the parts of one row are drawn together).
         tie_tolerance: a difference of at most this many nats is a tie.
-        num_resamples, seed: of the interval.
+        num_resamples, seed: of the intervals.
+        num_rows: rows that the examples come from; the parts of one are not independent.
+        sign_p: the sign test's two-sided p-value: rows that the first wins against rows that the second wins.
+        groups: by source where there are several, and by position where both list the same gold tokens.
     """
 
     names: tuple[str, str]
@@ -87,6 +176,9 @@ class Comparison:
     tie_tolerance: float
     num_resamples: int
     seed: int
+    num_rows: int
+    sign_p: float
+    groups: tuple[PairedGroup, ...] = ()
 
     @property
     def num_shared(self) -> int:
@@ -113,9 +205,12 @@ class Comparison:
 
     @property
     def mean_nll(self) -> tuple[float, float] | None:
-        """nll per gold token of each, one division each; None unless all token counts are known."""
+        """nll per gold token of each, one division each; None unless all token counts are known and the tokens are the same.
+
+        Where the two cut the gold into other tokens, a mean per token compares nothing.
+        """
         counts = self.num_target_tokens
-        if counts is None:
+        if counts is None or self.num_differently_tokenized:
             return None
         a, b = self.log_probs
         return -a / counts[0], -b / counts[1]
@@ -131,9 +226,13 @@ class Comparison:
 
     @property
     def num_differently_tokenized(self) -> int:
-        """Shared examples whose two token counts are known and differ."""
-        counts = ((pair.a.num_target_tokens, pair.b.num_target_tokens) for pair in self.pairs)
-        return sum(1 for a, b in counts if a and b and a != b)
+        """Shared examples whose gold the two are known to cut into other tokens: by their number, or by their texts."""
+        return sum(pair.is_differently_tokenized for pair in self.pairs)
+
+    @property
+    def num_other_contexts(self) -> int:
+        """Shared examples whose gold the two are known to have scored after other contexts."""
+        return sum(not pair.has_same_context for pair in self.pairs)
 
     @property
     def higher(self) -> str | None:
@@ -191,6 +290,66 @@ class Comparison:
             tuple(pair for pair in ordered[:count] if pair.difference < -self.tie_tolerance),
         )
 
+    def largest_tokens(self, count: int = 8) -> tuple[PairedToken, ...]:
+        """The gold tokens with the largest differences, either way, where both list the same tokens."""
+        found = (
+            PairedToken(
+                example_id=pair.example_id,
+                position=position,
+                text=a.text or b.text,
+                log_probs=(a.log_prob, b.log_prob),
+            )
+            for pair in self.pairs
+            if pair.has_same_tokens
+            for position, (a, b) in enumerate(zip(pair.a.tokens or (), pair.b.tokens or (), strict=True), start=1)
+            if abs(a.log_prob - b.log_prob) > self.tie_tolerance
+        )
+        key = lambda token: (abs(token.difference), token.example_id, -token.position)  # noqa: E731
+        return tuple(heapq.nlargest(count, found, key=key))
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame`, a row for each shared example; pairs of values end in `_a` and `_b`, as `names`.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        return data_frame(
+            [
+                {
+                    "example_id": pair.example_id,
+                    "source": pair.a.source or pair.b.source,
+                    "log_prob_a": pair.a.log_prob,
+                    "log_prob_b": pair.b.log_prob,
+                    "difference": pair.difference,
+                    "start_difference": pair.start_difference,
+                    "num_target_tokens_a": pair.a.num_target_tokens or None,
+                    "num_target_tokens_b": pair.b.num_target_tokens or None,
+                    "num_bytes": pair.a.num_bytes or pair.b.num_bytes or None,
+                }
+                for pair in self.pairs
+            ]
+        )
+
+    def _repr_html_(self) -> str:
+        """A small table, for a notebook."""
+        interval, (name_a, name_b) = self.mean_difference, self.names
+        mean = f"{interval.estimate:+.4f} nats per example"
+        if interval.is_known:
+            mean += f" ({interval.confidence:.0%} interval {interval.low:+.4f} to {interval.high:+.4f})"
+        rows = [
+            ["", f"{self.num_shared:,} examples"],
+            [f"log P, {name_a} - {name_b}", mean],
+            ["higher likelihood", f"{name_a} on {self.wins:,}, {name_b} on {self.losses:,}, ties {self.ties:,}"],
+            ["sign test", f"p = {self.sign_p:.2g}"],
+        ]
+        if self.num_starts_known:
+            starts = self.starts
+            rows.append(["better first token", f"{name_a} on {starts[0]:,}, {name_b} on {starts[1]:,}"])
+        for label, values in (("nll per token", self.mean_nll), ("bits per byte", self.bits_per_byte)):
+            if values is not None:
+                rows.append([label, f"{name_a} {values[0]:.4f}, {name_b} {values[1]:.4f}"])
+        return html_table(rows)
+
     def to_json(self) -> dict[str, object]:
         """Every figure, and the examples with the largest differences; pairs of values are in the order of `names`."""
         for_a, for_b = self.largest()
@@ -208,18 +367,24 @@ class Comparison:
             "wins": self.wins,
             "ties": self.ties,
             "losses": self.losses,
+            "num_rows": self.num_rows,
+            "sign_p": self.sign_p,
+            "num_differently_tokenized": self.num_differently_tokenized,
+            "num_other_contexts": self.num_other_contexts,
             "tie_tolerance": self.tie_tolerance,
             "num_starts_known": self.num_starts_known,
             "starts": list(self.starts),
             "comebacks": list(self.comebacks),
+            "groups": [group.to_json() for group in self.groups],
+            "largest_tokens": [token.to_json() for token in self.largest_tokens()],
             "largest": [[pair.to_json() for pair in for_a], [pair.to_json() for pair in for_b]],
         }
 
     def __str__(self) -> str:
-        return _render(self)
+        return render_comparison(self)
 
 
-def compare(
+def compare_pair(
     a: TokenScores | Iterable[TokenScores],
     b: TokenScores | Iterable[TokenScores],
     *,
@@ -228,33 +393,10 @@ def compare(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> Comparison:
-    """Pair two models' scores of the same gold by `example_id`.
-
-    Likelihood is of the whole gold: a model that starts better may still give it less, as here with gold of two tokens.
-
-    >>> from goldsmith.scoring.compare import compare, scores_from_probabilities
-    >>> a = scores_from_probabilities({"New York": [("New", 0.6), (" York", 0.8)]})
-    >>> b = scores_from_probabilities({"New York": [("New", 0.9), (" York", 0.4)]})
-    >>> comparison = compare(a, b)
-    >>> [round(probability, 4) for probability in comparison.probabilities]
-    [0.48, 0.36]
-    >>> comparison.higher
-    'A'
-
-    Args:
-        a, b: the scores of one example or of many; what only one of them holds is counted and left out.
-        names: what to call them; two different names.
-        tie_tolerance: a difference of at most this many nats, on an example or in the mean, is a tie.
-        num_resamples, seed: of the paired bootstrap.
-
-    Raises:
-        DataError: one of them is empty, holds an example twice or a log-probability that is not finite or above 0, or
-            they share no example.
-        ConfigError: the two names are the same.
-    """
+    """Pair two models' scores of the same gold by `example_id`; see `ranking.compare`, which this is of two."""
     if names[0] == names[1]:
         raise ConfigError(f"both are called {names[0]!r}", remedy="give them two different names")
-    by_id_a, by_id_b = _by_id(a, names[0]), _by_id(b, names[1])
+    by_id_a, by_id_b = by_example_id(a, names[0]), by_example_id(b, names[1])
     shared = [example_id for example_id in by_id_a if example_id in by_id_b]
     if not shared:
         raise DataError(
@@ -265,14 +407,16 @@ def compare(
     pairs = tuple(PairedExample(a=by_id_a[example_id], b=by_id_b[example_id]) for example_id in shared)
     # The order of the files must not move the interval, so pairs are resampled in the order of their names.
     in_order = sorted(pairs, key=lambda pair: (row_of(pair.a), pair.example_id))
-    group_of_row: dict[tuple[str, str], int] = {}
+    number_of_row: dict[tuple[str, str], int] = {}
+    rows = np.array([number_of_row.setdefault(row_of(pair.a), len(number_of_row)) for pair in in_order])
     interval = paired_bootstrap(
         [pair.a.log_prob for pair in in_order],
         [pair.b.log_prob for pair in in_order],
-        groups=[group_of_row.setdefault(row_of(pair.a), len(group_of_row)) for pair in in_order],
+        groups=rows,
         num_resamples=num_resamples,
         seed=seed,
     )
+    row_differences = group_totals(rows, [pair.difference for pair in in_order])
     return Comparison(
         names=names,
         pairs=pairs,
@@ -282,20 +426,67 @@ def compare(
         tie_tolerance=tie_tolerance,
         num_resamples=num_resamples,
         seed=seed,
+        num_rows=len(number_of_row),
+        sign_p=sign_test(
+            int(np.count_nonzero(row_differences > tie_tolerance)),
+            int(np.count_nonzero(row_differences < -tie_tolerance)),
+        ),
+        groups=_groups(in_order, rows, tie_tolerance=tie_tolerance, num_resamples=num_resamples, seed=seed),
     )
 
 
-def compare_files(a: str | Path, b: str | Path, *, names: tuple[str, str] | None = None) -> Comparison:
-    """`compare` on two score files, called by their stems where those differ, else by their paths.
-
-    Raises:
-        DataError: as `read_scores` and `compare`.
-    """
-    if names is None:
-        names = Path(a).stem, Path(b).stem
-        if names[0] == names[1]:
-            names = str(a), str(b)
-    return compare(read_scores(a), read_scores(b), names=names)
+def _groups(
+    pairs: Sequence[PairedExample], rows: npt.NDArray[np.int64], *, tie_tolerance: float, num_resamples: int, seed: int
+) -> tuple[PairedGroup, ...]:
+    """The breakdowns that have more than one part, bootstrapped together over rows."""
+    # (by, label) -> place of the pair -> its difference there.
+    parts: dict[tuple[str, str], dict[int, float]] = {}
+    for place, pair in enumerate(pairs):
+        if source := pair.a.source_name or pair.b.source_name:
+            parts.setdefault(("source", source), {})[place] = pair.difference
+    if all(pair.has_same_tokens for pair in pairs):
+        for place, pair in enumerate(pairs):
+            differences = [
+                a.log_prob - b.log_prob for a, b in zip(pair.a.tokens or (), pair.b.tokens or (), strict=True)
+            ]
+            for low, high, label in position_bins(len(differences)):
+                parts.setdefault(("position", label), {})[place] = math.fsum(differences[low - 1 : high])
+    keys = [
+        key
+        for by in _BREAKDOWNS
+        for key in sorted(
+            (key for key in parts if key[0] == by), key=lambda key: min(parts[key]) if by == "source" else 0
+        )
+    ]
+    if by_position := [key for key in keys if key[0] == "position"]:
+        by_position.sort(key=lambda key: int(key[1].partition("-")[0]))
+        keys = [key for key in keys if key[0] != "position"] + by_position
+    keys = [key for key in keys if sum(other[0] == key[0] for other in keys) > 1]
+    if not keys:
+        return ()
+    num_rows = int(rows.max()) + 1
+    everyone = np.bincount(rows, minlength=num_rows).astype(np.float64)
+    tops, bottoms = [], []
+    for key in keys:
+        places = np.fromiter(parts[key], dtype=np.int64)
+        values = np.fromiter(parts[key].values(), dtype=np.float64)
+        tops.append(np.bincount(rows[places], weights=values, minlength=num_rows))
+        members = np.bincount(rows[places], minlength=num_rows).astype(np.float64)
+        bottoms.append(members if key[0] == "source" else everyone)
+    intervals = bootstrap_ratios(
+        np.stack(tops, axis=1), np.stack(bottoms, axis=1), num_resamples=num_resamples, seed=seed
+    )
+    return tuple(
+        PairedGroup(
+            by=key[0],
+            label=key[1],
+            num_examples=len(parts[key]),
+            difference=interval,
+            wins=sum(value > tie_tolerance for value in parts[key].values()),
+            losses=sum(value < -tie_tolerance for value in parts[key].values()),
+        )
+        for key, interval in zip(keys, intervals, strict=True)
+    )
 
 
 def scores_from_probabilities(
@@ -343,7 +534,8 @@ def scores_from_probabilities(
     return tuple(scores)
 
 
-def _by_id(scores: TokenScores | Iterable[TokenScores], name: str) -> dict[str, TokenScores]:
+def by_example_id(scores: TokenScores | Iterable[TokenScores], name: str) -> dict[str, TokenScores]:
+    """Scores by their ids, in order; errors as in `compare`."""
     by_id: dict[str, TokenScores] = {}
     for score in [scores] if isinstance(scores, TokenScores) else scores:
         if score.example_id in by_id:
@@ -358,195 +550,3 @@ def _by_id(scores: TokenScores | Iterable[TokenScores], name: str) -> dict[str, 
 
 def _may_be_same(a: TokenScore, b: TokenScore) -> bool:
     return not a.text or not b.text or a.text == b.text
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rendering
-
-
-def _render(comparison: Comparison) -> str:
-    paragraphs = [_heading(comparison)]
-    if comparison.num_shared == 1:
-        paragraphs += [_table(_rows_of_one(comparison)), _verdict_of_one(comparison)]
-    else:
-        paragraphs += [
-            _table(_rows_of_many(comparison)),
-            _counts(comparison),
-            *_largest(comparison),
-            _verdict_of_many(comparison),
-        ]
-    return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
-
-
-def _heading(comparison: Comparison) -> str:
-    name_a, name_b = comparison.names
-    lines = [f"{name_a} and {name_b} on {_plural(comparison.num_shared, 'example')} of the same gold"]
-    if comparison.num_shared == 1:
-        lines[0] = f"{name_a} and {name_b} on the gold of {comparison.pairs[0].example_id!r}"
-    if comparison.num_only_a or comparison.num_only_b:
-        lines.append(
-            f"left out: {_plural(comparison.num_only_a, 'example')} only in {name_a}, "
-            f"{comparison.num_only_b:,} only in {name_b}"
-        )
-    num_other_gold = sum(not pair.has_same_length for pair in comparison.pairs)
-    if num_other_gold:
-        lines.append(f"careful: the gold differs in byte length on {_plural(num_other_gold, 'example')}")
-    if comparison.num_differently_tokenized:
-        lines.append(
-            f"the gold is tokenised differently on {_plural(comparison.num_differently_tokenized, 'example')}: "
-            "compare log P or bits per byte, not nll per token"
-        )
-    return "\n".join(lines)
-
-
-def _rows_of_one(comparison: Comparison) -> list[list[str]]:
-    pair = comparison.pairs[0]
-    rows = [["", *comparison.names]]
-    if pair.has_same_tokens and pair.a.tokens is not None and pair.b.tokens is not None:
-        tokens = list(enumerate(zip(pair.a.tokens, pair.b.tokens, strict=True), start=1))
-        if len(tokens) > _SHOWN_TOKENS:
-            by_difference = sorted(tokens, key=lambda item: -abs(item[1][0].log_prob - item[1][1].log_prob))
-            rows[0][0] = f"the {_SHOWN_TOKENS} of {len(tokens):,} tokens that differ most"
-            tokens = sorted(by_difference[:_SHOWN_TOKENS])
-        for index, (a, b) in tokens:
-            label = f"P(token {index})" + (f"  {a.text or b.text!r}" if a.text or b.text else "")
-            rows.append([label, _probability(a.log_prob), _probability(b.log_prob)])
-    (log_a, log_b), mean_nll, bits = comparison.log_probs, comparison.mean_nll, comparison.bits_per_byte
-    rows.append(["P(gold), their product" if len(rows) > 1 else "P(gold)", _probability(log_a), _probability(log_b)])
-    rows.append(["log P(gold)", f"{log_a:.4f}", f"{log_b:.4f}"])
-    if mean_nll is not None:
-        rows.append(["mean nll per token", f"{mean_nll[0]:.4f}", f"{mean_nll[1]:.4f}"])
-    if bits is not None:
-        rows.append(["bits per byte", f"{bits[0]:.4f}", f"{bits[1]:.4f}"])
-    return rows
-
-
-def _verdict_of_one(comparison: Comparison) -> str:
-    pair, (name_a, name_b) = comparison.pairs[0], comparison.names
-    if comparison.higher is None:
-        return f"{name_a} and {name_b} give the gold the same likelihood (within {comparison.tie_tolerance:g} nats)."
-    factor = _factor(abs(pair.difference))
-    sentence = f"{comparison.higher} gives the gold the higher likelihood, {factor} times that of {_other(comparison)}"
-    if any(comparison.comebacks) and pair.a.tokens and pair.b.tokens:
-        low, high = map(_probability, sorted(tokens[0].log_prob for tokens in (pair.a.tokens, pair.b.tokens)))
-        sentence += f", though {_other(comparison)} starts better ({high} against {low} on the first token)"
-    return sentence + "."
-
-
-def _rows_of_many(comparison: Comparison) -> list[list[str]]:
-    name_a, name_b = comparison.names
-    (log_a, log_b), size = comparison.log_probs, comparison.num_shared
-    rows = [["", name_a, name_b, f"{name_a} - {name_b}"]]
-    rows.append(["log P, total", f"{log_a:,.2f}", f"{log_b:,.2f}", f"{log_a - log_b:+,.2f}"])
-    mean_a, mean_b = log_a / size, log_b / size
-    rows.append(["log P per example", f"{mean_a:,.4f}", f"{mean_b:,.4f}", f"{mean_a - mean_b:+,.4f}"])
-    for label, values in (("nll per token", comparison.mean_nll), ("bits per byte", comparison.bits_per_byte)):
-        if values is not None:
-            rows.append([label, f"{values[0]:.4f}", f"{values[1]:.4f}", f"{values[0] - values[1]:+.4f}"])
-    counts = comparison.num_target_tokens
-    if counts is not None:
-        rows.append(["gold tokens", f"{counts[0]:,}", f"{counts[1]:,}", f"{counts[0] - counts[1]:+,}"])
-    return rows
-
-
-def _counts(comparison: Comparison) -> str:
-    name_a, name_b = comparison.names
-    interval = comparison.mean_difference
-    lines = [f"mean difference of log P, {name_a} - {name_b}: {interval.estimate:+.4f} nats per example"]
-    if interval.is_known:
-        lines[0] += (
-            f", {interval.confidence:.0%} interval {interval.low:+.4f} to {interval.high:+.4f}"
-            f" (paired bootstrap, {comparison.num_resamples:,} resamples)"
-        )
-        if comparison.num_shared < _FEW_EXAMPLES:
-            lines.append(f"the interval comes from {comparison.num_shared} examples only and is likely too narrow")
-    lines.append(
-        f"higher likelihood: {name_a} on {comparison.wins:,}, {name_b} on {comparison.losses:,}, "
-        f"{_plural(comparison.ties, 'tie')} (within {comparison.tie_tolerance:g} nats)"
-    )
-    if comparison.num_starts_known:
-        (start_a, start_b), (back_a, back_b) = comparison.starts, comparison.comebacks
-        of = (
-            ""
-            if comparison.num_starts_known == comparison.num_shared
-            else f" (of {comparison.num_starts_known:,} known)"
-        )
-        lines.append(f"better first token: {name_a} on {start_a:,}, {name_b} on {start_b:,}{of}")
-        lines.append(f"starts worse but wins: {name_a} on {back_a:,}, {name_b} on {back_b:,}")
-    return "\n".join(lines)
-
-
-def _largest(comparison: Comparison) -> list[str]:
-    blocks = []
-    for name, pairs in zip(comparison.names, comparison.largest(), strict=True):
-        if not pairs:
-            continue
-        rows = [[f"furthest ahead: {name}", *comparison.names, "difference", "on token 1", ""]]
-        has_starts = any(pair.start_difference is not None for pair in pairs)
-        for pair in pairs:
-            start = pair.start_difference
-            row = [
-                _shortened(pair.example_id),
-                f"{pair.a.log_prob:,.4f}",
-                f"{pair.b.log_prob:,.4f}",
-                f"{pair.difference:+,.4f}",
-                "" if start is None else f"{start:+.4f}",
-                _shortened(pair.a.source or pair.b.source),
-            ]
-            rows.append(row)
-        if not has_starts:
-            rows = [row[:4] + row[5:] for row in rows]
-        blocks.append(_table(rows))
-    return blocks
-
-
-def _verdict_of_many(comparison: Comparison) -> str:
-    name_a, name_b = comparison.names
-    if comparison.higher is None:
-        return f"{name_a} and {name_b} give the gold the same likelihood (within {comparison.tie_tolerance:g} nats)."
-    sentence = f"{comparison.higher} gives the gold the higher likelihood"
-    winner = comparison.names.index(comparison.higher)
-    starts = comparison.starts
-    if starts[1 - winner] > starts[winner]:
-        sentence += f", though {_other(comparison)} starts better on more examples"
-    if comparison.is_clear is False:
-        sentence += "; the interval holds 0, so these examples do not settle it"
-    return sentence + "."
-
-
-def _other(comparison: Comparison) -> str:
-    return comparison.names[1] if comparison.higher == comparison.names[0] else comparison.names[0]
-
-
-def _table(rows: list[list[str]]) -> str:
-    """Rows under a heading row: the first column and columns without a heading to the left, numbers to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        for column, cell in enumerate(row[1:], start=1):
-            is_text = not rows[0][column]
-            cells.append(cell.ljust(widths[column]) if is_text else cell.rjust(widths[column]))
-        lines.append("   ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def _probability(log_prob: float) -> str:
-    """exp(log_prob) in four digits, also where no float could hold it."""
-    if log_prob > -700:
-        return f"{math.exp(log_prob):.4g}"
-    exponent = math.floor(log_prob / math.log(10))
-    return f"{10 ** (log_prob / math.log(10) - exponent):.3f}e{exponent}"
-
-
-def _factor(nats: float) -> str:
-    """exp(nats), a factor above 1."""
-    return f"{math.exp(nats):.4g}" if nats < 700 else f"e^{nats:.0f}"
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
-
-
-def _shortened(text: str, limit: int = 40) -> str:
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,7 +1,9 @@
-"""Score files: JSON Lines, one example a line, written by `goldsmith score` or by any other tool.
+"""Score files: JSON Lines, one example a line, written by `goldsmith score` or by any other tool; or Parquet, the same columns.
 
-    {"example_id", "source", "log_prob", "num_target_tokens", "num_bytes",
-     "tokens": [{"token_id", "text", "log_prob", "weight"}]}
+    {"example_id", "source", "source_name", "log_prob", "num_target_tokens", "num_bytes", "weighted_log_prob", "weight_sum",
+     "context_tokens", "context", "log_prob_without_context",
+     "tokens": [{"token_id", "text", "log_prob", "weight", "rank", "best_log_prob", "entropy",
+                 "alternatives": [[token_id, text, log_prob], ...]}]}
 
 A file needs no more than `example_id` and `log_prob`, or `example_id` and `tokens[].log_prob`. What it leaves out is
 read as unknown: a count of 0, an empty `source` or `text`, a `token_id` of -1. Gold has at least one token and one
@@ -12,22 +14,24 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from goldsmith.errors import DataError, MachineError
+from goldsmith.errors import DataError
+from goldsmith.scoring.parquet import read_parquet_rows
 from goldsmith.types import TokenScore, TokenScores
 
-__all__ = ["read_scores", "row_of", "score_from_json", "score_to_json", "write_scores"]
+__all__ = ["read_scores", "row_of", "score_from_json", "score_to_json"]
 
 # A log-probability that rounding has lifted above 0 by no more than this is read as 0.
 _ROUNDING = 1e-6
 # `log_prob` and the sum of its tokens may differ by this much, relative to the larger (a file in single precision).
 _SUM_TOLERANCE = 1e-3
 _PART_OF_A_ROW = re.compile(r"[@#]\d+$")
+_OPTIONAL = ("weighted_log_prob", "weight_sum", "context_tokens", "context", "log_prob_without_context")
+_OPTIONAL_OF_TOKEN = ("rank", "best_log_prob", "entropy")
 _REMEDY = "a score row needs `example_id` and `log_prob` in nats (<= 0), or `example_id` and `tokens[].log_prob`"
 
 
@@ -36,17 +40,34 @@ def score_to_json(scores: TokenScores) -> dict[str, object]:
     row: dict[str, object] = {"example_id": scores.example_id}
     if scores.source:
         row["source"] = scores.source
+    if scores.source_name:
+        row["source_name"] = scores.source_name
     row["log_prob"] = scores.log_prob
     if scores.num_target_tokens:
         row["num_target_tokens"] = scores.num_target_tokens
     if scores.num_bytes:
         row["num_bytes"] = scores.num_bytes
+    for name in _OPTIONAL:
+        if (value := getattr(scores, name)) is not None:
+            row[name] = value
     if scores.tokens is not None:
-        row["tokens"] = [
-            {"token_id": token.token_id, "text": token.text, "log_prob": token.log_prob, "weight": token.weight}
-            for token in scores.tokens
-        ]
+        row["tokens"] = [_token_to_json(token) for token in scores.tokens]
     return row
+
+
+def _token_to_json(token: TokenScore) -> dict[str, object]:
+    item: dict[str, object] = {
+        "token_id": token.token_id,
+        "text": token.text,
+        "log_prob": token.log_prob,
+        "weight": token.weight,
+    }
+    for name in _OPTIONAL_OF_TOKEN:
+        if (value := getattr(token, name)) is not None:
+            item[name] = value
+    if token.alternatives is not None:
+        item["alternatives"] = [list(alternative) for alternative in token.alternatives]
+    return item
 
 
 def score_from_json(row: object, *, place: str) -> TokenScores:
@@ -95,12 +116,24 @@ def score_from_json(row: object, *, place: str) -> TokenScores:
                 remedy="`tokens` lists every gold token (weight > 0), the end token among them",
             )
         num_target_tokens = len(tokens)
-    source = row.get("source")
-    if source is not None and not isinstance(source, str):
-        raise DataError(f"{place}: `source` is {_shown(source)}, not text")
+    texts = {name: row.get(name) for name in ("source", "source_name", "context")}
+    for name, text in texts.items():
+        if text is not None and not isinstance(text, str):
+            raise DataError(f"{place}: `{name}` is {_shown(text)}, not text")
+    without_context = row.get("log_prob_without_context")
     return TokenScores(
         example_id=example_id,
-        source=source or "",
+        source=texts["source"] or "",
+        source_name=texts["source_name"] or "",
+        weighted_log_prob=_number(row.get("weighted_log_prob"), place=place, name="weighted_log_prob"),
+        weight_sum=_number(row.get("weight_sum"), place=place, name="weight_sum"),
+        context_tokens=None
+        if row.get("context_tokens") is None
+        else _count(row["context_tokens"], place=place, name="context_tokens"),
+        context=texts["context"],
+        log_prob_without_context=None
+        if without_context is None
+        else _log_prob(without_context, place=place, name="log_prob_without_context"),
         log_prob=log_prob,
         num_target_tokens=num_target_tokens,
         num_bytes=_count(row.get("num_bytes"), place=place, name="num_bytes"),
@@ -115,11 +148,27 @@ def read_scores(path: str | Path) -> list[TokenScores]:
         DataError: no such file, no rows, or a row that is wrong: invalid JSON, a field that `score_from_json` refuses,
             or an example id that an earlier line has; each names file, line, field and value.
     """
-    file = Path(path)
     scores: list[TokenScores] = []
-    line_of_id: dict[str, int] = {}
+    place_of_id: dict[str, str] = {}
+    rows = read_parquet_rows(path) if Path(path).suffix == ".parquet" else _json_lines(path)
+    for number, row in rows:
+        score = score_from_json(row, place=f"{path}:{number}")
+        if score.example_id in place_of_id:
+            raise DataError(
+                f"{path}:{number}: `example_id` {score.example_id!r} was already on line {place_of_id[score.example_id]}",
+                remedy="score each example once; give the rows of the data distinct `id`s",
+            )
+        place_of_id[score.example_id] = str(number)
+        scores.append(score)
+    if not scores:
+        raise DataError(f"{path}: the score file has no rows", remedy=_REMEDY)
+    return scores
+
+
+def _json_lines(path: str | Path) -> Iterator[tuple[int, object]]:
+    """Line number and value of each line that is not blank."""
     try:
-        lines = file.open("rb")
+        lines = open(path, "rb")  # noqa: SIM115 (what follows must not be taken for an error of opening)
     except OSError as error:
         raise DataError(f"{path}: the score file cannot be read: {error.strerror}") from error
     with lines:
@@ -128,7 +177,7 @@ def read_scores(path: str | Path) -> list[TokenScores]:
             if not raw.strip():
                 continue
             try:
-                row = json.loads(_decoded(raw, is_first=number == 1))
+                yield number, json.loads(_decoded(raw, is_first=number == 1))
             except UnicodeDecodeError as error:
                 raise DataError(
                     f"{place}: not UTF-8 (byte {error.start}: {raw[error.start : error.start + 4]!r})"
@@ -139,53 +188,6 @@ def read_scores(path: str | Path) -> list[TokenScores]:
                     f"{place}: invalid JSON: {error.msg} at column {error.colno}: {shown}",
                     remedy="a score file is JSON Lines: one object a line",
                 ) from error
-            score = score_from_json(row, place=place)
-            if score.example_id in line_of_id:
-                raise DataError(
-                    f"{place}: `example_id` {score.example_id!r} was already on line {line_of_id[score.example_id]}",
-                    remedy="score each example once; give the rows of the data distinct `id`s",
-                )
-            line_of_id[score.example_id] = number
-            scores.append(score)
-    if not scores:
-        raise DataError(f"{path}: the score file has no rows", remedy=_REMEDY)
-    return scores
-
-
-def write_scores(path: str | Path, scores: Iterable[TokenScores]) -> Iterator[TokenScores]:
-    """Write a score file as its rows come, and pass each on.
-
-    The rows go to `PATH.partial`, which takes the place of `path` when the last has been written, so that a file of
-    that name is whole. No row is kept in memory.
-
-    Raises:
-        MachineError: the file cannot be written (disk full, no such folder, no permission).
-    """
-    file = Path(path)
-    partial = file.with_name(file.name + ".partial")
-    with _naming_the_file(path):
-        lines = partial.open("wb")
-    try:
-        for score in scores:
-            line = json.dumps(score_to_json(score), ensure_ascii=False, allow_nan=False) + "\n"
-            with _naming_the_file(path):
-                lines.write(line.encode("utf-8", "surrogatepass"))
-            yield score
-        with _naming_the_file(path):
-            lines.flush()
-            os.fsync(lines.fileno())
-            os.replace(partial, file)
-    finally:
-        with suppress(OSError):  # a full disk has been reported by then
-            lines.close()
-
-
-@contextmanager
-def _naming_the_file(path: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise MachineError(f"{path}: the score file cannot be written: {error.strerror}") from error
 
 
 def row_of(scores: TokenScores) -> tuple[str, str]:
@@ -223,10 +225,45 @@ def _tokens(value: object, *, place: str) -> tuple[TokenScore, ...]:
         if not isinstance(text, str):
             raise DataError(f"{place}: `{name}.text` is {_shown(text)}, not text")
         log_prob = _log_prob(item["log_prob"], place=place, name=f"{name}.log_prob")
-        tokens.append(TokenScore(token_id=token_id, text=text, log_prob=log_prob, weight=float(weight)))
+        best, rank = item.get("best_log_prob"), item.get("rank")
+        tokens.append(
+            TokenScore(
+                token_id=token_id,
+                text=text,
+                log_prob=log_prob,
+                weight=float(weight),
+                rank=None if rank is None else _count(rank, place=place, name=f"{name}.rank"),
+                best_log_prob=None if best is None else _log_prob(best, place=place, name=f"{name}.best_log_prob"),
+                entropy=_number(item.get("entropy"), place=place, name=f"{name}.entropy"),
+                alternatives=_alternatives(item.get("alternatives"), place=place, name=f"{name}.alternatives"),
+            )
+        )
     if not tokens:
         raise DataError(f"{place}: `tokens` lists no gold token (weight > 0)", remedy=_REMEDY)
     return tuple(tokens)
+
+
+def _alternatives(value: object, *, place: str, name: str) -> tuple[tuple[int, str, float], ...] | None:
+    if value is None:
+        return None
+    found = []
+    items: list[Any] = value if isinstance(value, list) else [value]
+    for item in items:
+        if isinstance(item, Mapping):  # Parquet
+            item = [item.get("token_id"), item.get("text"), item.get("log_prob")]
+        is_right = isinstance(item, list) and [type(part) for part in item[:2]] == [int, str] and len(item) == 3
+        if not is_right:
+            raise DataError(f"{place}: `{name}` holds {_shown(item)}, not [token_id, text, log_prob]")
+        found.append((item[0], item[1], _log_prob(item[2], place=place, name=name)))
+    return tuple(found)
+
+
+def _number(value: object, *, place: str, name: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DataError(f"{place}: `{name}` is {_shown(value)}, not a finite number")
+    return float(value)
 
 
 def _log_prob(value: object, *, place: str, name: str) -> float:

@@ -1,128 +1,71 @@
-"""log P(y | x) of gold under a model: example by example, and summed up with intervals."""
+"""log P(y | x) of gold under a model, example by example, as a stream."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from goldsmith.data.loader import Dataset
-from goldsmith.errors import DataError
-from goldsmith.models.evaluate import iterate_log_probs
+from goldsmith.models.evaluate import GoldStatistics, statistics_of, windows
 from goldsmith.models.likelihood import LikelihoodModel
-from goldsmith.scoring.files import row_of
-from goldsmith.statistics import Interval, bootstrap_ratio, group_totals
+from goldsmith.scoring.texts import TokenTexts, num_context_tokens
 from goldsmith.types import TokenizedExample, TokenScore, TokenScores
 
-__all__ = ["ScoreSummary", "ScoreTally", "gold_token_texts", "score_dataset", "summarize"]
+__all__ = ["Asked", "GoldTokens", "ScoredExample", "score_dataset", "score_windows", "turn_numbers", "without_context"]
+
+# Examples are sorted by length within a window, and an interrupted run goes on from the end of one. In float32 a number may
+# depend on the pack by its last digit, so windows depend on the data and the budget alone.
+_WINDOW_PACKS = 8
+_WINDOW_EXAMPLES = 512
+
+_TURN = re.compile(r"@(\d+)$")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScoreSummary:
-    """A data set's gold under one model. Intervals are bootstrapped over rows (the parts of a row together).
+class Asked:
+    """What is to be told of each example beside its sums.
 
     Attributes:
-        log_prob: nats, of all gold together; the tokens are not weighted.
-        nll_per_token: nats; -log_prob / num_target_tokens.
-        nll_per_example: nats; -log_prob / num_examples.
-        bits_per_byte: -log_prob / ln 2 / num_bytes; None where the bytes are not known.
+        tokens: every gold token, with rank, best token and entropy; and the text of the context.
+        alternatives: the likeliest tokens at each place, so many.
+        without_context: log P of the gold after `beginning` alone.
+        beginning: the ids that stand for an empty context.
     """
 
-    num_examples: int
-    num_target_tokens: int
-    num_bytes: int
-    log_prob: float
-    nll_per_token: Interval
-    nll_per_example: Interval
-    bits_per_byte: Interval | None
-
-    @property
-    def perplexity(self) -> float:
-        """exp(nll_per_token); infinite where no float holds it."""
-        return math.exp(self.nll_per_token.estimate) if self.nll_per_token.estimate < 709 else math.inf
-
-    def to_json(self) -> dict[str, object]:
-        """Figures only; an infinite perplexity is null."""
-        return {
-            "num_examples": self.num_examples,
-            "num_target_tokens": self.num_target_tokens,
-            "num_bytes": self.num_bytes,
-            "log_prob": self.log_prob,
-            "nll_per_token": self.nll_per_token.to_json(),
-            "nll_per_example": self.nll_per_example.to_json(),
-            "perplexity": self.perplexity if math.isfinite(self.perplexity) else None,
-            "bits_per_byte": None if self.bits_per_byte is None else self.bits_per_byte.to_json(),
-        }
-
-    def __str__(self) -> str:
-        examples = "example" if self.num_examples == 1 else "examples"
-        tokens = "token" if self.num_target_tokens == 1 else "tokens"
-        lines = [
-            f"{self.num_examples:,} {examples}, {self.num_target_tokens:,} gold {tokens}",
-            f"log P, total     {self.log_prob:,.4f} nats",
-            f"nll per token    {_figure(self.nll_per_token)} nats",
-            f"nll per example  {_figure(self.nll_per_example)} nats",
-            f"perplexity       {self.perplexity:,.4g} per token",
-        ]
-        if self.bits_per_byte is not None:
-            lines.append(f"bits per byte    {_figure(self.bits_per_byte)}")
-        return "\n".join(lines)
+    tokens: bool = False
+    alternatives: int = 0
+    without_context: bool = False
+    beginning: tuple[int, ...] = ()
 
 
-class ScoreTally:
-    """Sums up scores as they stream by; keeps three numbers an example."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GoldTokens:
+    """The gold tokens of an example in order, as the breakdowns need them. Legend: K gold tokens.
 
-    def __init__(self) -> None:
-        self._log_probs: list[float] = []
-        self._num_target_tokens: list[int] = []
-        self._num_bytes: list[int] = []
-        self._rows: list[int] = []
-        self._row_numbers: dict[tuple[str, str], int] = {}
+    Attributes:
+        log_probs: float64 [K].
+        is_best: bool [K], no token is likelier.
+        turns: int64 [K], the gold turn that each belongs to, from 1.
+    """
 
-    def add(self, scores: TokenScores) -> None:
-        """Count one example."""
-        self._log_probs.append(scores.log_prob)
-        self._num_target_tokens.append(scores.num_target_tokens)
-        self._num_bytes.append(scores.num_bytes)
-        self._rows.append(self._row_numbers.setdefault(row_of(scores), len(self._row_numbers)))
-
-    def summary(self, *, num_resamples: int = 2000, seed: int = 0) -> ScoreSummary:
-        """The figures so far.
-
-        Raises:
-            DataError: nothing was scored, or the number of gold tokens is not known for some example.
-        """
-        if not self._log_probs:
-            raise DataError("nothing was scored: there is no mean of no examples")
-        if not all(self._num_target_tokens):
-            raise DataError("some examples do not say how many gold tokens they have, so nll per token is not defined")
-        nll = group_totals(self._rows, -np.array(self._log_probs))
-
-        def per(counts: Sequence[int]) -> Interval:
-            return bootstrap_ratio(nll, group_totals(self._rows, counts), num_resamples=num_resamples, seed=seed)
-
-        return ScoreSummary(
-            num_examples=len(self._log_probs),
-            num_target_tokens=sum(self._num_target_tokens),
-            num_bytes=sum(self._num_bytes),
-            log_prob=math.fsum(self._log_probs),
-            nll_per_token=per(self._num_target_tokens),
-            nll_per_example=per([1] * len(self._log_probs)),
-            bits_per_byte=per(self._num_bytes).scaled(1 / math.log(2)) if all(self._num_bytes) else None,
-        )
+    log_probs: npt.NDArray[np.float64]
+    is_best: npt.NDArray[np.bool_]
+    turns: npt.NDArray[np.int64]
 
 
-def summarize(scores: Iterable[TokenScores], *, num_resamples: int = 2000, seed: int = 0) -> ScoreSummary:
-    """The figures of a finished list of scores; errors as in `ScoreTally.summary`."""
-    tally = ScoreTally()
-    for score in scores:
-        tally.add(score)
-    return tally.summary(num_resamples=num_resamples, seed=seed)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredExample:
+    """A row of a score file, and its gold tokens for the sums."""
+
+    scores: TokenScores
+    gold: GoldTokens
 
 
 def score_dataset(
@@ -134,90 +77,161 @@ def score_dataset(
     with_tokens: bool = False,
     device: torch.device | str | None = None,
 ) -> Iterator[TokenScores]:
-    """log P(y | x) of every example, in data-set order, as a stream.
+    """log P(y | x) of every example, in data-set order, as a stream; see `score_windows`."""
+    scored = score_windows(
+        model,
+        TokenTexts(tokenizer),
+        dataset,
+        Asked(tokens=with_tokens),
+        tokens_per_microbatch=tokens_per_microbatch,
+        device=device,
+    )
+    for window in scored:
+        for example in window:
+            yield example.scores
+
+
+def score_windows(
+    model: LikelihoodModel,
+    texts: TokenTexts,
+    dataset: Dataset,
+    asked: Asked,
+    *,
+    tokens_per_microbatch: int,
+    shares_contexts: bool = False,
+    first: int = 0,
+    device: torch.device | str | None = None,
+) -> Iterator[list[ScoredExample]]:
+    """log P(y | x) of every example, in data-set order, a window of some hundred at a time.
 
     `log_prob` is the plain sum, in float64, of the log-probabilities of the gold tokens (weight > 0); weights do not
-    enter it. How examples are packed changes it by rounding only.
+    enter it. `weighted_log_prob` and `weight_sum` are those of the objective: token weights times the example's. How
+    examples are packed changes a number by rounding only.
 
     Args:
-        model, dataset, tokens_per_microbatch, device: as in `models.evaluate.iterate_log_probs`.
-        tokenizer: gives the texts of tokens.
-        with_tokens: list every gold token with its text.
+        model, dataset, tokens_per_microbatch, device: as in `models.evaluate.statistics_of`.
+        texts: of the model's tokenizer.
+        asked: what is told of each example.
+        shares_contexts: the proof found that this model may carry a shared context once; done where it saves.
+        first: begin with this example; where it is the end of a window, all numbers are those of a whole run to the bit.
 
     Raises:
         NumericalError: a log-probability is not finite.
     """
-    decode = _cached_decode(tokenizer)
-    for index, log_probs in iterate_log_probs(
-        model, dataset, tokens_per_microbatch=tokens_per_microbatch, device=device
-    ):
-        example = dataset[index]
-        tokens = None
-        if with_tokens:
-            is_gold = example.target_weights > 0
-            tokens = tuple(
-                TokenScore(token_id=token_id, text=text, log_prob=log_prob, weight=weight)
-                for token_id, text, log_prob, weight in zip(
-                    example.token_ids[is_gold].tolist(),
-                    gold_token_texts(decode, example),
-                    log_probs.tolist(),
-                    example.target_weights[is_gold].tolist(),
-                    strict=True,
-                )
-            )
-        yield TokenScores(
-            example_id=example.example_id,
-            source=example.source,
-            log_prob=math.fsum(log_probs.tolist()),
-            num_target_tokens=len(log_probs),
-            num_bytes=example.num_bytes,
-            tokens=tokens,
-        )
-
-
-def gold_token_texts(decode: Callable[[tuple[int, ...]], str], example: TokenizedExample) -> list[str]:
-    """A text for each gold token, so that the texts of a run of gold joined are the text of the run.
-
-    A token that ends within a character has the text "", and the one that completes the character has the whole of it.
-
-    Args:
-        decode: from token ids to text.
-    """
-    gold = np.flatnonzero(example.target_weights > 0)
-    texts: list[str] = []
-    for run in np.split(gold, np.flatnonzero(np.diff(gold) > 1) + 1):
-        texts += _texts_of_run(decode, example.token_ids[run].tolist())
-    return texts
-
-
-def _texts_of_run(decode: Callable[[tuple[int, ...]], str], token_ids: list[int]) -> list[str]:
-    # A token's text may depend on the token before it (a leading space that decoders drop), so each is decoded
-    # together with the tokens since the last one that ended on a whole character.
-    texts: list[str] = []
-    before, start = 0, 0  # token_ids[before:start] were decoded as whole characters; start is the first not given out
-    for end in range(1, len(token_ids) + 1):
-        known = decode(tuple(token_ids[before:start]))
-        whole = decode(tuple(token_ids[before:end]))
-        is_cut = whole.endswith("\N{REPLACEMENT CHARACTER}") and end < len(token_ids)
-        if is_cut or not whole.startswith(known):
-            texts.append("")
+    if tokens_per_microbatch < 1:
+        raise ValueError(f"tokens_per_microbatch must be at least 1, not {tokens_per_microbatch}")
+    if len(dataset) == 0:
+        return
+    names = {file.path: file.name for file in dataset.report.files}
+    can_share = shares_contexts and model.shares_contexts(int(dataset.lengths.max()))
+    lengths = np.asarray(dataset.lengths, dtype=np.int64)
+    for start, end in windows(lengths, tokens_per_microbatch, num_packs=_WINDOW_PACKS, num_examples=_WINDOW_EXAMPLES):
+        if end <= first:
             continue
-        texts.append(whole[len(known) :])
-        before, start = start, end
-    return texts
+        start = max(start, first)
+        examples = dataset[start:end]
+        found = statistics_of(
+            model,
+            dataset,
+            range(start, end),
+            tokens_per_microbatch=tokens_per_microbatch,
+            top=asked.alternatives,
+            detailed=asked.tokens,
+            shares_contexts=can_share,
+            device=device,
+        )
+        alone: list[GoldStatistics] | None = None
+        if asked.without_context:
+            bare = Dataset([without_context(example, asked.beginning) for example in examples])
+            alone = statistics_of(
+                model, bare, range(len(bare)), tokens_per_microbatch=tokens_per_microbatch, device=device
+            )
+        yield [
+            _scored(example, statistics, texts, asked, names, None if alone is None else alone[place])
+            for place, (example, statistics) in enumerate(zip(examples, found, strict=True))
+        ]
 
 
-def _cached_decode(tokenizer: PreTrainedTokenizerBase) -> Callable[[tuple[int, ...]], str]:
-    @lru_cache(maxsize=65536)
-    def decode(token_ids: tuple[int, ...]) -> str:
-        text = tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return str(text)
+def without_context(example: TokenizedExample, beginning: tuple[int, ...]) -> TokenizedExample:
+    """The example's gold tokens after `beginning` alone; where gold comes in several turns, one after the other."""
+    gold = example.target_weights > 0
+    return TokenizedExample(
+        token_ids=np.concatenate([np.array(beginning, dtype=np.int32), example.token_ids[gold]]),
+        target_weights=np.concatenate([np.zeros(len(beginning), dtype=np.float32), example.target_weights[gold]]),
+        example_id=example.example_id,
+        example_weight=example.example_weight,
+        source=example.source,
+        num_bytes=example.num_bytes,
+    )
 
-    return decode
+
+def turn_numbers(example: TokenizedExample) -> npt.NDArray[np.int64]:
+    """Which gold turn each gold token belongs to, from 1: the `@turn` of the id, else stretches of gold are counted."""
+    gold = np.flatnonzero(example.target_weights > 0)
+    if (turn := _TURN.search(example.example_id)) is not None:
+        return np.full(len(gold), int(turn.group(1)), dtype=np.int64)
+    return 1 + np.concatenate([[0], np.cumsum(np.diff(gold) > 1)]).astype(np.int64)
 
 
-def _figure(interval: Interval) -> str:
-    text = f"{interval.estimate:,.4f}"
-    if interval.is_known:
-        text += f"  ({interval.confidence:.0%} interval {interval.low:,.4f} to {interval.high:,.4f})"
-    return text
+def _scored(
+    example: TokenizedExample,
+    found: GoldStatistics,
+    texts: TokenTexts,
+    asked: Asked,
+    names: Mapping[str, str],
+    alone: GoldStatistics | None,
+) -> ScoredExample:
+    weights = example.target_weights[example.target_weights > 0].astype(np.float64)
+    scores = TokenScores(
+        example_id=example.example_id,
+        source=example.source,
+        source_name=names.get(example.source.rpartition(":")[0], ""),
+        log_prob=math.fsum(found.log_probs.tolist()),
+        num_target_tokens=len(found.log_probs),
+        num_bytes=example.num_bytes,
+        weighted_log_prob=example.example_weight * float(np.dot(weights, found.log_probs)),
+        weight_sum=example.example_weight * float(weights.sum()),
+        context_tokens=num_context_tokens(example),
+        context=texts.of_context(example) if asked.tokens else None,
+        log_prob_without_context=None if alone is None else math.fsum(alone.log_probs.tolist()),
+        tokens=_tokens(example, found, texts) if asked.tokens else None,
+    )
+    gold = GoldTokens(log_probs=found.log_probs, is_best=found.is_best, turns=turn_numbers(example))
+    return ScoredExample(scores=scores, gold=gold)
+
+
+def _tokens(example: TokenizedExample, found: GoldStatistics, texts: TokenTexts) -> tuple[TokenScore, ...]:
+    is_gold = example.target_weights > 0
+    count = len(found.log_probs)
+    alternatives: list[tuple[tuple[int, str, float], ...] | None] = [None] * count
+    if found.top_ids is not None and found.top_log_probs is not None:
+        alternatives = [
+            tuple(
+                (token_id, texts.of_token(token_id), min(log_prob, 0.0))
+                for token_id, log_prob in zip(ids, log_probs, strict=True)
+            )
+            for ids, log_probs in zip(found.top_ids.tolist(), found.top_log_probs.tolist(), strict=True)
+        ]
+    return tuple(
+        TokenScore(
+            token_id=token_id,
+            text=text,
+            log_prob=log_prob,
+            weight=weight,
+            rank=rank,
+            best_log_prob=min(best, 0.0),
+            entropy=entropy,
+            alternatives=listed,
+        )
+        for token_id, text, log_prob, weight, rank, best, entropy, listed in zip(
+            example.token_ids[is_gold].tolist(),
+            texts.of_gold(example),
+            found.log_probs.tolist(),
+            example.target_weights[is_gold].tolist(),
+            [None] * count if found.ranks is None else found.ranks.tolist(),
+            found.best_log_probs.tolist(),
+            [None] * count if found.entropies is None else found.entropies.tolist(),
+            alternatives,
+            strict=True,
+        )
+    )

@@ -3,10 +3,23 @@
 A folder and not one file, because a run, the use of a model and the demo are three things; see `design/0001-the-house.md`.
 """
 
+from goldsmith.workflows.comparing import compare, compare_models
 from goldsmith.workflows.demo import DemoResult, demo
 from goldsmith.workflows.inspecting import inspect
-from goldsmith.workflows.models import compare_files, generate, score
+from goldsmith.workflows.models import generate
 from goldsmith.workflows.run import RunResult, train
+from goldsmith.workflows.scoring import score
 from goldsmith.workflows.verifying import verify
 
-__all__ = ["DemoResult", "RunResult", "compare_files", "demo", "generate", "inspect", "score", "train", "verify"]
+__all__ = [
+    "DemoResult",
+    "RunResult",
+    "compare",
+    "compare_models",
+    "demo",
+    "generate",
+    "inspect",
+    "score",
+    "train",
+    "verify",
+]

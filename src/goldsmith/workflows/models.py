@@ -1,14 +1,13 @@
-"""What is done with a model, trained here or not: score gold under it, compare scores, let it answer."""
+"""What is done with a model, trained here or not: open it, let it answer. Scoring has `scoring.py` beside this file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from goldsmith.data.loader import Dataset, load_dataset
@@ -20,19 +19,15 @@ from goldsmith.generation.generate import Generation, GenerationConfig, decode_t
 from goldsmith.generation.generate import generate as decode
 from goldsmith.generation.metrics import GenerationMetrics, measure, measure_example
 from goldsmith.models.likelihood import LikelihoodModel
-from goldsmith.models.load import DtypeName, load_causal_lm, silence_randomness, tokenizer_folder
+from goldsmith.models.load import DtypeName, load_causal_lm, resolve_device, silence_randomness, tokenizer_folder
 from goldsmith.models.proof import prove
 from goldsmith.recipe import load_recipe
-from goldsmith.scoring.compare import Comparison
-from goldsmith.scoring.compare import compare_files as compare_score_files
-from goldsmith.scoring.files import write_scores
-from goldsmith.scoring.score import ScoreSummary, ScoreTally, score_dataset
 from goldsmith.storage import write_atomic
+from goldsmith.training.checkpoint import load_weights
 from goldsmith.types import Conversation, Message
+from goldsmith.workflows.materials import Rows, causal_lm_of
 
-__all__ = ["Answer", "Answers", "OpenModel", "compare_files", "generate", "open_model", "score"]
-
-Rows = Iterable[Mapping[str, object]]
+__all__ = ["Answer", "Answers", "OpenModel", "generate", "only_role", "open_model"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +37,8 @@ class OpenModel:
     Attributes:
         model: in float32 (or float64), packed attention.
         columns: of the run's recipe, where the model is a run's.
+        shares_contexts: the proof found that packs may carry a shared context once.
+        role: of all gold, where it is one.
     """
 
     name: str
@@ -49,6 +46,8 @@ class OpenModel:
     tokenizer: PreTrainedTokenizerBase
     renderer: Renderer
     columns: Columns | None
+    shares_contexts: bool = False
+    role: str | None = None
 
     def dataset(
         self,
@@ -83,28 +82,38 @@ def open_model(
     revision: str | None = None,
     max_length: int | None = None,
 ) -> OpenModel:
-    """Load a model or adapter folder, a hub id or the result of a run; refuse what packed attention does not compute.
+    """Load a model or adapter folder, a hub id, a run's result or a checkpoint; refuse what packed attention does not compute.
 
-    Rows are rendered as the run's recipe says where it is a run, plainly otherwise.
+    Rows are rendered as the run's recipe says where it is a run or a checkpoint of one, plainly otherwise.
 
     Raises:
         ModelError: not found, damaged, or refused by the proof.
         MachineError: a run folder without a result yet.
     """
     folder, rendering, columns = path, RenderingConfig(), None
-    recipe_path = Path(path) / "recipe.yaml"
-    if recipe_path.is_file():
-        recipe = load_recipe(recipe_path)
+    is_checkpoint = (Path(path) / "state.json").is_file()
+    run = Path(path).resolve().parent.parent if is_checkpoint else Path(path)
+    if (run / "recipe.yaml").is_file():
+        recipe = load_recipe(run / "recipe.yaml")
         rendering = recipe.rendering
-        columns = recipe.data.columns or recipe.data.train[0].columns
-        folder = str(Path(path) / "model")
-        if not Path(folder).is_dir():
-            raise MachineError(f"{path}: the run has no result yet", remedy=f"finish it: goldsmith train {recipe_path}")
-    causal_lm = load_causal_lm(folder, revision=revision, dtype=dtype, device=device)
+        columns = recipe.data.columns or (recipe.data.train[0].columns if recipe.data.train else None)
+        folder = str(run / "model")
+    if is_checkpoint:
+        tokenizer = load_tokenizer(str(run / "tokenizer"))
+        causal_lm = causal_lm_of(
+            recipe, tokenizer, resolve_device(device), dtype=dtype if dtype != "auto" else recipe.model.dtype
+        )
+        load_weights(Path(path), causal_lm)
+    else:
+        if folder != path and not Path(folder).is_dir():
+            raise MachineError(
+                f"{path}: the run has no result yet", remedy=f"finish it: goldsmith train {run / 'recipe.yaml'}"
+            )
+        causal_lm = load_causal_lm(folder, revision=revision, dtype=dtype, device=device)
+        tokenizer_path, tokenizer_revision = tokenizer_folder(folder, revision=revision)
+        tokenizer = load_tokenizer(tokenizer_path, revision=tokenizer_revision)
     silence_randomness(causal_lm)
-    prove(causal_lm.config, name=path)
-    tokenizer_path, tokenizer_revision = tokenizer_folder(folder, revision=revision)
-    tokenizer = load_tokenizer(tokenizer_path, revision=tokenizer_revision)
+    proof = prove(causal_lm.config, name=path)
     limit = max_length or getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
     return OpenModel(
         name=path,
@@ -112,58 +121,20 @@ def open_model(
         tokenizer=tokenizer,
         renderer=Renderer(tokenizer, rendering, limit),
         columns=columns,
+        shares_contexts=proof.shares_contexts,
+        role=only_role(rendering.train_on),
     )
 
 
-def score(
-    model: str,
-    data: str | Rows,
-    *,
-    columns: Columns | None = None,
-    with_tokens: bool = False,
-    output: str | Path | None = None,
-    on_bad_row: Literal["stop", "skip"] = "stop",
-    max_length: int | None = None,
-    device: str = "auto",
-    dtype: DtypeName = "auto",
-    revision: str | None = None,
-    tokens_per_microbatch: int = 8192,
-    quiet: bool = True,
-) -> ScoreSummary:
-    """log P(y | x) of every row under a model: written out row by row, and summed up.
+def only_role(train_on: object) -> str | None:
+    """The role of all gold where `rendering.train_on` names one alone.
 
-    Args:
-        model: a model folder, an adapter's folder (its base model is found by the path in it), a run folder or a hub id.
-        data: a file of gold, a glob, or rows in memory.
-        columns: field -> column where the file names them otherwise.
-        with_tokens: write the log-probability of every gold token.
-        output: the score file (JSON Lines); none is written by default.
-
-    Raises:
-        GoldsmithError: bad data (exit code 3), a refused model (4), a full disk (7).
+    >>> only_role("assistant"), only_role(("tool",)), only_role(("user", "assistant")), only_role("all")
+    ('assistant', 'tool', None, None)
     """
-    opened = open_model(model, device=device, dtype=dtype, revision=revision, max_length=max_length)
-    dataset = opened.dataset(data, columns=columns, on_bad_row=on_bad_row)
-    tally = ScoreTally()
-    # Products are float32 unless half precision is asked for by name: numbers that are compared are worth the time.
-    in_half = dtype in ("bfloat16", "float16")
-    half = torch.float16 if dtype == "float16" else torch.bfloat16
-    with torch.autocast(opened.model.device.type, dtype=half, enabled=in_half):
-        scores = score_dataset(
-            opened.model,
-            opened.tokenizer,
-            dataset,
-            tokens_per_microbatch=tokens_per_microbatch,
-            with_tokens=with_tokens,
-        )
-        for one in scores if output is None else write_scores(output, scores):
-            tally.add(one)
-    return tally.summary()
-
-
-def compare_files(a: str, b: str) -> Comparison:
-    """Two score files of the same gold under two models: which gives it the higher likelihood, and where."""
-    return compare_score_files(a, b)
+    roles = (train_on,) if isinstance(train_on, str) else train_on
+    only = roles[0] if isinstance(roles, list | tuple) and len(roles) == 1 else None
+    return only if isinstance(only, str) and only != "all" else None
 
 
 @dataclass(frozen=True, kw_only=True)

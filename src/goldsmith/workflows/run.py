@@ -37,6 +37,7 @@ from goldsmith.models.load import (
 from goldsmith.models.proof import prove
 from goldsmith.recipe import Recipe, load_recipe
 from goldsmith.records import DataReport
+from goldsmith.scoring.display import data_frame, html_table
 from goldsmith.storage import FolderLock, replace_folder, require_space, write_atomic
 from goldsmith.training.checkpoint import checkpoint_bytes
 from goldsmith.training.memory import format_bytes
@@ -115,6 +116,27 @@ class RunResult:
     def to_json(self) -> dict[str, Any]:
         """One machine-readable object."""
         return {**asdict(self), "output_dir": str(self.output_dir), "model_dir": str(self.model_dir)}
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame` of `metrics.jsonl`: a row for each step and evaluation, `kind` says which.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        lines = (self.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return data_frame([json.loads(line) for line in lines])
+
+    def _repr_html_(self) -> str:
+        """A small table, for a notebook."""
+        training = self.training
+        rows = [["run", str(self.output_dir)], ["model", str(self.model_dir)], ["steps", f"{training.steps:,}"]]
+        rows.append(["rows", f"{self.rows['used']:,} of {self.rows['read']:,}"])
+        if training.nll_before is not None and training.nll_after is not None:
+            rows.append(
+                ["held-out nll, nats a token", f"{training.nll_before:.4f} before, {training.nll_after:.4f} after"]
+            )
+        rows.append(["seconds", f"{training.seconds:,.0f}"])
+        return html_table(rows)
 
     def __str__(self) -> str:
         training = self.training

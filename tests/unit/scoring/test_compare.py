@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from goldsmith.errors import ConfigError, DataError
-from goldsmith.scoring.compare import Comparison, compare, compare_files, scores_from_probabilities
+from goldsmith.scoring.compare import Comparison, scores_from_probabilities
+from goldsmith.scoring.ranking import compare
 from goldsmith.types import TokenScores
 
 NEW_YORK_A = scores_from_probabilities({"New York": [("New", 0.6), (" York", 0.8)]})
@@ -133,7 +135,7 @@ def test_ten_thousand_examples_read_in_one_screen() -> None:
     a, b = random_scores(10_000, seed=1), random_scores(10_000, seed=2, shift=0.02)
     comparison = compare(a, b, names=("base", "tuned"))
     text = str(comparison)
-    assert len(text.splitlines()) < 35
+    assert len(text.splitlines()) < 42
     assert max(map(len, text.splitlines())) < 140
     assert comparison.higher == "tuned"
     assert comparison.is_clear
@@ -231,16 +233,153 @@ def test_files_are_called_by_stem_or_else_by_path(tmp_path: Path) -> None:
     def names(comparison: Comparison) -> tuple[str, str]:
         return comparison.names
 
-    assert names(compare_files(tmp_path / "one/a.jsonl", tmp_path / "one/b.jsonl")) == ("a", "b")
-    same_stem = compare_files(tmp_path / "one/a.jsonl", tmp_path / "two/a.jsonl")
+    assert names(compare(tmp_path / "one/a.jsonl", tmp_path / "one/b.jsonl")) == ("a", "b")
+    same_stem = compare(tmp_path / "one/a.jsonl", tmp_path / "two/a.jsonl")
     assert names(same_stem) == (str(tmp_path / "one/a.jsonl"), str(tmp_path / "two/a.jsonl"))
 
 
 def test_the_files_of_the_example_are_the_case_worked_by_hand() -> None:
     folder = Path(__file__).parents[3] / "examples" / "new_york"
-    comparison = compare_files(folder / "a.jsonl", folder / "b.jsonl")
+    comparison = compare(folder / "a.jsonl", folder / "b.jsonl")
     assert comparison.probabilities == pytest.approx((0.48, 0.36))
     assert (
         str(comparison).splitlines()[1:-1]
         == str(compare(NEW_YORK_A, NEW_YORK_B)).replace("   A         B", "   a         b").splitlines()[1:-1]
     )
+
+
+# --- groups, tokens, the sign test
+
+
+def test_by_position_the_first_token_is_lost_and_the_second_wins() -> None:
+    """The case of the README in several examples: what each position adds, and they sum to the whole."""
+    a = scores_from_probabilities({f"e{i}": [("New", 0.6), (" York", 0.8)] for i in range(3)})
+    b = scores_from_probabilities({f"e{i}": [("New", 0.9), (" York", 0.4)] for i in range(3)})
+    comparison = compare(a, b)
+    first, second = comparison.groups
+    assert (first.by, first.label, second.label) == ("position", "1", "2-4")
+    assert first.difference.estimate == pytest.approx(math.log(0.6 / 0.9))
+    assert second.difference.estimate == pytest.approx(math.log(0.8 / 0.4))
+    assert comparison.mean_difference.estimate == pytest.approx(math.log(0.48 / 0.36))
+    assert (first.wins, first.losses, second.wins, second.losses) == (0, 3, 3, 0)
+    assert comparison.higher == "A"
+    text = str(comparison)
+    assert "by position in gold" in text
+    assert "though B starts better on more examples" in text
+
+
+def test_by_source_is_over_the_examples_of_the_source() -> None:
+    def rows(*values: float) -> list[TokenScores]:
+        return [
+            TokenScores(
+                example_id=str(place), source="", source_name=name, log_prob=value, num_target_tokens=1, num_bytes=1
+            )
+            for place, (name, value) in enumerate(zip(["x", "x", "y"], values, strict=True))
+        ]
+
+    x, y = compare(rows(-1.0, -2.0, -3.0), rows(-2.0, -4.0, -1.0)).groups
+    assert (x.label, x.num_examples, x.difference.estimate, x.wins) == ("x", 2, 1.5, 2)
+    assert (y.label, y.num_examples, y.difference.estimate, y.losses) == ("y", 1, -2.0, 1)
+
+
+def test_the_tokens_that_differ_most_come_first() -> None:
+    a = scores_from_probabilities({"x": [("a", 0.5), ("b", 0.9)], "y": [("c", 0.2)]})
+    b = scores_from_probabilities({"x": [("a", 0.4), ("b", 0.1)], "y": [("c", 0.8)]})
+    tokens = compare(a, b).largest_tokens()
+    assert [(token.text, token.position) for token in tokens] == [("b", 2), ("c", 1), ("a", 1)]
+    assert tokens[0].difference == pytest.approx(math.log(9))
+
+
+def test_the_sign_test_counts_rows_and_no_ties() -> None:
+    a = scores(**{f"e{i}": -1.0 for i in range(10)})
+    b = scores(**{f"e{i}": (-2.0 if i < 9 else -0.5) for i in range(10)})
+    assert compare(a, b).sign_p == pytest.approx(22 / 1024)
+    assert compare(a, a).sign_p == 1.0
+
+
+def test_other_tokens_are_never_compared_per_token() -> None:
+    a = scores_from_probabilities({"x": [("New", 0.6), (" York", 0.8)], "y": [("ab", 0.5), ("c", 0.5)]})
+    b = scores_from_probabilities({"x": [("New York", 0.4)], "y": [("a", 0.5), ("bc", 0.5)]})
+    comparison = compare(a, b)
+    assert comparison.num_differently_tokenized == 2  # `y` has as many tokens, but others
+    assert comparison.mean_nll is None
+    assert comparison.bits_per_byte is not None
+    assert comparison.groups == ()
+    text = str(comparison)
+    assert "compared in nats per example and bits per byte, never per token" in text
+    assert "nll per token" not in text
+
+
+def test_a_comparison_as_a_data_frame_and_as_html() -> None:
+    comparison = compare(scores(x=-1.0, y=-2.0), scores(x=-2.0, y=-2.0), names=("<a>", "b"))
+    frame = comparison.to_pandas()
+    assert frame["example_id"].tolist() == ["x", "y"]
+    assert frame["difference"].tolist() == [1.0, 0.0]
+    assert "&lt;a&gt; - b" in comparison._repr_html_()
+    assert "<a>" not in comparison._repr_html_()
+
+
+def test_gold_after_other_contexts_is_told() -> None:
+    a, b = scores(x=-1.0, y=-2.0), scores(x=-2.0, y=-2.0)
+    with_contexts = [
+        [replace(one, context=f"{one.example_id}{end}") for one in own] for own, end in ((a, ""), (b, "\n"))
+    ]
+    assert compare(*with_contexts).num_other_contexts == 2
+    assert "careful: the context differs on 2 examples" in str(compare(*with_contexts))
+    assert compare(with_contexts[0], b).num_other_contexts == 0
+
+
+# --- more than two
+
+
+def test_three_models_are_ranked_and_every_pair_is_tested() -> None:
+    good, same, bad = (random_scores(60, seed=seed, shift=shift) for seed, shift in ((1, 0.2), (2, 0.2), (3, -0.2)))
+    ranking = compare(bad, good, same, names=("bad", "good", "same"))
+    assert ranking.names[2] == "bad"
+    assert ranking.num_shared == 60
+    by_pair = {(test.higher, test.lower): test for test in ranking.tests}
+    assert len(by_pair) == 3
+    for model in ranking.models:
+        interval = model.log_prob_per_example
+        assert interval.estimate == pytest.approx(model.log_prob / 60)
+        assert interval.low < interval.estimate < interval.high
+    close = by_pair[ranking.names[0], ranking.names[1]]
+    assert not close.is_clear
+    for name in ranking.names[:2]:
+        test = by_pair[name, "bad"]
+        assert test.is_clear
+        assert test.p_corrected == pytest.approx(3 * test.p_value)  # the least of three, and a tie with it
+        pair = compare(*({"bad": bad, "good": good, "same": same}[key] for key in (name, "bad")))
+        assert test.difference.estimate == pytest.approx(pair.mean_difference.estimate)
+        assert test.difference.low == pytest.approx(pair.mean_difference.low)
+    text = str(ranking)
+    assert "3 models on 60 examples" in text
+    assert "not settled" in text
+    assert json.loads(json.dumps(ranking.to_json()))["models"][2]["name"] == "bad"
+    assert ranking.to_pandas()["name"].tolist() == list(ranking.names)
+    assert "bad" in ranking._repr_html_()
+
+
+def test_a_ranking_counts_what_it_leaves_out() -> None:
+    ranking = compare(scores(x=-1.0, y=-2.0), scores(y=-2.5, z=-1.5), scores(y=-9.0))
+    assert ranking.num_shared == 1
+    assert ranking.num_left_out == {"A": 1, "B": 1, "C": 0}
+    assert "left out, as not all have scored them: 1 of A, 1 of B" in str(ranking)
+    with pytest.raises(DataError, match="no example that all have scored"):
+        compare(scores(x=-1.0), scores(x=-1.0), scores(y=-1.0))
+    with pytest.raises(ConfigError, match="2 names"):
+        compare(scores(x=-1.0), scores(x=-1.0), scores(x=-1.0), names=("a", "b"))
+
+
+def test_a_ranking_of_other_tokenizers_has_no_figure_per_token() -> None:
+    a = scores_from_probabilities({"x": [("New York", 0.4)], "y": [("a", 0.5)]})
+    b = scores_from_probabilities({"x": [("New", 0.6), (" York", 0.8)], "y": [("a", 0.5)]})
+    ranking = compare(a, b, a[:1] + b[1:])
+    assert ranking.num_differently_tokenized == 1
+    assert all(model.nll_per_token is None and model.bits_per_byte is not None for model in ranking.models)
+    assert "never per token" in str(ranking)
+
+
+def test_a_folder_is_no_score_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder, not a score file"):
+        compare(tmp_path, tmp_path, names=("a", "b"))

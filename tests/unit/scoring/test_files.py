@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from goldsmith.errors import DataError, MachineError
-from goldsmith.scoring.files import read_scores, score_from_json, score_to_json, write_scores
+from goldsmith.errors import DataError
+from goldsmith.scoring.files import read_scores, score_from_json, score_to_json
+from goldsmith.scoring.parquet import write_parquet_rows
 from goldsmith.types import TokenScore, TokenScores
 
 log_probs = st.floats(max_value=0.0, allow_nan=False, allow_infinity=False, min_value=-1e6)
@@ -22,6 +22,11 @@ token_scores = st.builds(
     text=st.text(max_size=5),
     log_prob=log_probs,
     weight=st.floats(min_value=0.125, max_value=8, width=32),
+    rank=st.none() | st.integers(1, 10**6),
+    best_log_prob=st.none() | log_probs,
+    entropy=st.none() | st.floats(min_value=0, max_value=20),
+    alternatives=st.none()
+    | st.lists(st.tuples(st.integers(0, 10**6), st.text(max_size=5), log_probs), max_size=3).map(tuple),
 )
 
 
@@ -31,6 +36,12 @@ def any_scores(draw: st.DrawFn) -> TokenScores:
     return TokenScores(
         example_id=draw(st.text()),
         source=draw(st.text()),
+        source_name=draw(st.text(max_size=5)),
+        weighted_log_prob=draw(st.none() | log_probs),
+        weight_sum=draw(st.none() | st.floats(min_value=0.125, max_value=99)),
+        context_tokens=draw(st.none() | st.integers(1, 99)),
+        context=draw(st.none() | st.text(max_size=9)),
+        log_prob_without_context=draw(st.none() | log_probs),
         log_prob=draw(log_probs) if tokens is None else math.fsum(token.log_prob for token in tokens),
         num_target_tokens=draw(st.integers(0, 99)) if tokens is None else len(tokens),
         num_bytes=draw(st.integers(0, 99)),
@@ -44,15 +55,25 @@ def test_a_row_is_read_back_to_the_bit(scores: TokenScores) -> None:
     assert score_from_json(json.loads(line), place="a.jsonl:1") == scores
 
 
-def test_a_file_is_read_back_in_order(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    scores = [
-        TokenScores(example_id=name, source="eval.jsonl:1", log_prob=-0.1, num_target_tokens=1, num_bytes=2)
-        for name in ("é", "b", "\ud800", "line\u2028end")
-    ]
-    assert list(write_scores(path, iter(scores))) == scores
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(any_scores(), min_size=1, max_size=4, unique_by=lambda scores: scores.example_id))
+def test_parquet_is_read_back_to_the_bit(tmp_path: Path, scores: list[TokenScores]) -> None:
+    path = tmp_path / "a.parquet"
+    write_parquet_rows(path, [score_to_json(one) for one in scores])
     assert read_scores(path) == scores
-    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_parquet_holds_half_a_surrogate_as_the_replacement_character(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write_parquet_rows(path, [{"example_id": "x\ud800", "log_prob": -1.0}])
+    assert read_scores(path)[0].example_id == "x�"
+
+
+def test_parquet_that_is_none_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_text("{}")
+    with pytest.raises(DataError, match=r"a\.parquet: the score file cannot be read"):
+        read_scores(path)
 
 
 def test_what_a_minimal_file_leaves_out_is_unknown(tmp_path: Path) -> None:
@@ -104,6 +125,17 @@ def test_a_hair_above_zero_is_zero() -> None:
             "`num_target_tokens` is 3 but 1 gold",
         ),
         ('{"example_id": "a", "log_prob": -1, "num_bytes": -4}', "`num_bytes` is -4"),
+        ('{"example_id": "a", "log_prob": -1, "context": 5}', "`context` is 5, not text"),
+        ('{"example_id": "a", "log_prob": -1, "weight_sum": "x"}', "`weight_sum` is 'x', not a finite number"),
+        (
+            '{"example_id": "a", "log_prob": -1, "log_prob_without_context": 2}',
+            "`log_prob_without_context` is 2, above",
+        ),
+        ('{"example_id": "a", "tokens": [{"log_prob": -1, "rank": -2}]}', r"`tokens\[0\].rank` is -2"),
+        (
+            '{"example_id": "a", "tokens": [{"log_prob": -1, "alternatives": [[1, 2, -1.0]]}]}',
+            r"`tokens\[0\].alternatives` holds \[1, 2, -1.0\], not",
+        ),
         ('{"example_id": "first", "log_prob": -1}', "`example_id` 'first' was already on line 1"),
     ],
 )
@@ -128,30 +160,3 @@ def test_no_file_and_no_rows_are_errors(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match="has no rows"):
         read_scores(tmp_path / "empty.jsonl")
-
-
-def test_a_file_that_was_not_finished_does_not_bear_the_name(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text("the old one")
-
-    def broken() -> Iterator[TokenScores]:
-        yield TokenScores(example_id="a", source="", log_prob=-1.0, num_target_tokens=1, num_bytes=1)
-        raise RuntimeError("the model died")
-
-    with pytest.raises(RuntimeError):
-        list(write_scores(path, broken()))
-    assert path.read_text() == "the old one"
-
-
-def test_an_error_of_the_rows_is_not_taken_for_one_of_the_file(tmp_path: Path) -> None:
-    def unreadable() -> Iterator[TokenScores]:
-        raise OSError("the data went away")
-        yield
-
-    with pytest.raises(OSError, match="the data went away"):
-        list(write_scores(tmp_path / "a.jsonl", unreadable()))
-
-
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(MachineError, match=r"none/a\.jsonl: the score file cannot be written: No such file"):
-        list(write_scores(tmp_path / "none" / "a.jsonl", []))

@@ -15,9 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from goldsmith.data.loader import Dataset
 from goldsmith.errors import DataError, NumericalError
-from goldsmith.models.evaluate import iterate_log_probs, sum_log_likelihood
+from goldsmith.models.evaluate import iterate_log_probs, sum_log_likelihood, windows
 from goldsmith.models.likelihood import LikelihoodModel
-from goldsmith.scoring.score import ScoreTally, gold_token_texts, score_dataset, summarize
+from goldsmith.scoring.score import Asked, ScoredExample, score_dataset, score_windows, turn_numbers
+from goldsmith.scoring.summary import ScoreSummary, ScoreTally, parts_of, summarize
+from goldsmith.scoring.texts import TokenTexts, gold_token_texts
 from goldsmith.types import TokenizedExample, TokenScores
 
 VOCABULARY = 40
@@ -243,3 +245,197 @@ def test_nothing_scored_is_an_error_and_not_zero() -> None:
 
 def test_unknown_bytes_give_no_bits_per_byte() -> None:
     assert summarize([score("a", -1.0, 1, num_bytes=0), score("b", -1.0, 1)]).bits_per_byte is None
+
+
+# --- what is read off the logits, and packing
+
+
+def all_scored(
+    asked: Asked, *, budget: int = 64, shares: bool = False, examples: Dataset | None = None
+) -> list[ScoredExample]:
+    model, texts = LikelihoodModel(tiny_model()), TokenTexts(byte_tokenizer())
+    data = some_examples() if examples is None else examples
+    found = score_windows(model, texts, data, asked, tokens_per_microbatch=budget, shares_contexts=shares)
+    return [example for window in found for example in window]
+
+
+def summary_of(scored: list[ScoredExample]) -> ScoreSummary:
+    tally = ScoreTally()
+    for one in scored:
+        tally.add(one.scores, parts_of(one.scores, one.gold))
+    return tally.summary(num_resamples=50)
+
+
+def test_tokens_tell_rank_best_entropy_and_alternatives() -> None:
+    examples, model = some_examples(), tiny_model()
+    model.set_attn_implementation("sdpa")
+    for one, example in zip(all_scored(Asked(tokens=True, alternatives=3)), examples, strict=True):
+        ids = torch.from_numpy(example.token_ids.astype(np.int64))
+        with torch.no_grad():
+            rows = model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
+        gold = np.flatnonzero(example.target_weights > 0)
+        assert one.scores.context_tokens == gold[0]
+        assert one.scores.tokens is not None
+        for token, place in zip(one.scores.tokens, gold, strict=True):
+            row = rows[place - 1]
+            assert token.rank == 1 + int((row > row[token.token_id]).sum())
+            assert token.best_log_prob == pytest.approx(float(row.max()), abs=1e-10)
+            assert token.entropy == pytest.approx(float(-(row.exp() * row).sum()), abs=1e-10)
+            assert token.alternatives is not None
+            assert [ids for ids, _, _ in token.alternatives] == row.topk(3).indices.tolist()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_the_batch_size_does_not_matter_to_the_figures(dtype: torch.dtype, tolerance: float) -> None:
+    """So far: a relative 1e-12 in float64 and 1e-6 in float32, of every figure and every example."""
+    model, texts, examples = LikelihoodModel(tiny_model().to(dtype)), TokenTexts(byte_tokenizer()), some_examples()
+
+    def scored(budget: int) -> list[ScoredExample]:
+        found = score_windows(model, texts, examples, Asked(), tokens_per_microbatch=budget)
+        return [example for window in found for example in window]
+
+    whole = scored(100_000)
+    expected = summary_of(whole)
+    for budget in (1, 40, 64):
+        own = scored(budget)
+        for one, other in zip(own, whole, strict=True):
+            assert one.scores.log_prob == pytest.approx(other.scores.log_prob, rel=tolerance)
+        figures = summary_of(own)
+        for name in ("nll_per_token", "nll_per_example", "bits_per_byte", "token_accuracy", "exact", "weighted_nll"):
+            for bound in ("estimate", "low", "high"):
+                wanted = getattr(getattr(expected, name), bound)
+                assert getattr(getattr(figures, name), bound) == pytest.approx(wanted, rel=tolerance, abs=tolerance)
+
+
+def test_contexts_that_are_shared_change_no_score() -> None:
+    generator = np.random.default_rng(2)
+    prompt = generator.integers(VOCABULARY, size=90)
+    rows = [as_example([*prompt, *generator.integers(VOCABULARY, size=5)], 90) for _ in range(6)]
+    examples = Dataset(rows, groups=range(6))
+    apart = all_scored(Asked(), budget=400, examples=examples)
+    shared = all_scored(Asked(), budget=400, shares=True, examples=examples)
+    for one, other in zip(shared, apart, strict=True):
+        assert one.scores.log_prob == pytest.approx(other.scores.log_prob, abs=1e-10)
+
+
+def test_gold_without_its_context_follows_the_beginning_token() -> None:
+    examples = some_examples()
+    for one, example in zip(all_scored(Asked(without_context=True, beginning=(7,))), examples, strict=True):
+        gold = example.token_ids[example.target_weights > 0].tolist()
+        plain = plain_log_probs(tiny_model(), as_example([7, *gold], 1))
+        assert one.scores.log_prob_without_context == pytest.approx(plain.sum(), abs=1e-10)
+    difficulty = summary_of(all_scored(Asked(without_context=True, beginning=(7,)))).difficulty
+    assert difficulty is not None
+    ratios = [
+        math.exp((one.scores.log_prob_without_context - one.scores.log_prob) / one.scores.num_target_tokens)
+        for one in all_scored(Asked(without_context=True, beginning=(7,)))
+        if one.scores.log_prob_without_context is not None
+    ]
+    assert difficulty.mean.estimate == pytest.approx(np.mean(ratios))
+    assert difficulty.quantiles[2] == pytest.approx(np.median(ratios))
+    assert difficulty.share_above_one.estimate == np.mean([ratio > 1 for ratio in ratios])
+
+
+def test_going_on_after_a_window_gives_the_rest_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("goldsmith.scoring.score._WINDOW_EXAMPLES", 7)
+    model, texts, examples = LikelihoodModel(tiny_model().float()), TokenTexts(byte_tokenizer()), some_examples()
+    whole = list(score_windows(model, texts, examples, Asked(), tokens_per_microbatch=64))
+    assert [len(window) for window in whole] == [7, 7, 7, 4]
+    rest = list(score_windows(model, texts, examples, Asked(), tokens_per_microbatch=64, first=14))
+    assert [[one.scores for one in window] for window in rest] == [
+        [one.scores for one in window] for window in whole[2:]
+    ]
+
+
+def test_windows_end_by_examples_or_by_tokens_and_hold_one_at_least() -> None:
+    lengths = np.array([5, 5, 50, 1, 1, 1, 1])
+    assert list(windows(lengths, 6, num_packs=2, num_examples=3)) == [(0, 2), (2, 3), (3, 6), (6, 7)]
+
+
+# --- the figures
+
+
+def test_figures_and_breakdowns_against_plain_sums() -> None:
+    examples, scored = some_examples(), all_scored(Asked(tokens=True))
+    tokens = [token for one in scored for token in one.scores.tokens or ()]
+    summary = summary_of(scored)
+    assert summary.nll_per_token.estimate == pytest.approx(-sum(token.log_prob for token in tokens) / len(tokens))
+    assert summary.token_accuracy is not None
+    assert summary.token_accuracy.estimate == np.mean([token.rank == 1 for token in tokens])
+    assert summary.exact is not None
+    assert summary.exact.estimate == np.mean([all(t.rank == 1 for t in one.scores.tokens or ()) for one in scored])
+    assert summary.weighted_nll is not None
+    sums = sum_log_likelihood(LikelihoodModel(tiny_model()), examples, tokens_per_microbatch=64)
+    assert summary.weighted_nll.estimate == pytest.approx(sums.nll, rel=1e-12)
+    assert summary.is_weighted
+    assert "as a training run evaluates it" in str(summary)
+
+    expected: dict[str, list[float]] = {}
+    for one in scored:
+        for position, token in enumerate(one.scores.tokens or (), start=1):
+            label = "1" if position == 1 else "2-4" if position <= 4 else "5-16" if position <= 16 else "17-64"
+            expected.setdefault(label, []).append(token.log_prob)
+    found = {group.label: group for group in summary.groups if group.by == "position"}
+    assert list(found) == ["1", "2-4", "5-16", "17-64"][: len(found)]
+    for label, log_probs in expected.items():
+        assert found[label].num_target_tokens == len(log_probs)
+        assert found[label].log_prob == pytest.approx(sum(log_probs))
+    for by in ("length", "turn"):
+        groups = [group for group in summary.groups if group.by == by]
+        assert sum(group.num_target_tokens for group in groups) == len(tokens)
+        assert sum(group.log_prob for group in groups) == pytest.approx(summary.log_prob)
+    assert "by position in gold" in str(summary)
+
+
+def test_greedy_decoding_writes_what_is_said_to_be_decoded_exactly() -> None:
+    """An example whose gold is the greedy continuation has rank 1 throughout, and one changed token has not."""
+    model = tiny_model()
+    model.set_attn_implementation("sdpa")
+    ids = [3, 9, 4]
+    with torch.no_grad():
+        for _ in range(6):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    other = [*ids[:-1], (ids[-1] + 1) % VOCABULARY]
+    examples = Dataset([as_example(ids, 3), as_example(other, 3)], groups=[0, 1])
+    scored = all_scored(Asked(), examples=examples)
+    assert [bool(one.gold.is_best.all()) for one in scored] == [True, False]
+    assert summary_of(scored).exact.estimate == 0.5  # type: ignore[union-attr]
+
+
+def test_turns_are_stretches_of_gold_or_the_turn_of_the_id() -> None:
+    example = as_example([1, 2, 3, 4, 5], 1)
+    example.target_weights[2] = 0
+    assert turn_numbers(example).tolist() == [1, 2, 2]
+    named = TokenizedExample(
+        token_ids=example.token_ids,
+        target_weights=example.target_weights,
+        example_id="chat:4@3",
+        example_weight=1.0,
+        source="",
+        num_bytes=1,
+    )
+    assert turn_numbers(named).tolist() == [3, 3, 3]
+
+
+def test_by_source_from_the_names_in_the_rows() -> None:
+    def row(name: str, source_name: str, log_prob: float) -> TokenScores:
+        return TokenScores(
+            example_id=name, source="", source_name=source_name, log_prob=log_prob, num_target_tokens=2, num_bytes=3
+        )
+
+    summary = summarize([row("a", "laws", -2.0), row("b", "maths", -4.0), row("c", "laws", -3.0)])
+    sources = {group.label: (group.num_examples, group.nll_per_token.estimate) for group in summary.groups}
+    assert sources == {"laws": (2, 1.25), "maths": (1, 2.0)}
+    assert summary.token_accuracy is None
+    frame = summary.to_pandas()
+    assert frame["by"].tolist() == ["all", "source", "source"]
+    assert frame["nll_per_token"].tolist() == pytest.approx([1.5, 1.25, 2.0])
+    assert "laws" in summary._repr_html_()
+    assert "&lt;b&gt;" in summarize([row("a", "<b>", -1.0), row("b", "c", -1.0)])._repr_html_()
+
+
+def test_alternatives_of_a_tokenizer_that_drops_a_leading_space_keep_it() -> None:
+    tokenizer = byte_tokenizer()
+    texts = TokenTexts(tokenizer)
+    assert texts.of_token(tokenizer(" ").input_ids[0]) == " "
+    assert texts.of_token(tokenizer("rk").input_ids[0]) == "rk"

@@ -1,0 +1,225 @@
+"""Score gold under a model: from a model's name and a file of rows to a score file and its figures."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import goldsmith
+from goldsmith.data.loader import Dataset
+from goldsmith.data.rows import Columns
+from goldsmith.data.tokenizer import beginning_ids
+from goldsmith.errors import ConfigError
+from goldsmith.models.load import DtypeName
+from goldsmith.scoring.score import Asked, score_windows
+from goldsmith.scoring.summary import Parts, ScoreSummary, ScoreTally, parts_of
+from goldsmith.scoring.texts import TokenTexts
+from goldsmith.scoring.writing import ScoreWriter
+from goldsmith.types import TokenScores
+from goldsmith.workflows.materials import Rows
+from goldsmith.workflows.models import OpenModel, open_model
+
+__all__ = ["default_budget", "score", "score_opened"]
+
+# Seconds between two lines of progress where standard error is no terminal.
+_SAY_EVERY = 30.0
+
+
+def score(
+    model: str,
+    data: str | Rows,
+    *,
+    columns: Columns | None = None,
+    with_tokens: bool = False,
+    alternatives: int = 0,
+    without_context: bool = False,
+    output: str | Path | None = None,
+    limit: int | None = None,
+    on_bad_row: Literal["stop", "skip"] = "stop",
+    max_length: int | None = None,
+    device: str = "auto",
+    dtype: DtypeName = "auto",
+    revision: str | None = None,
+    tokens_per_microbatch: int | None = None,
+    quiet: bool = True,
+) -> ScoreSummary:
+    """log P(y | x) of every row under a model: written out row by row, and summed up.
+
+    Args:
+        model: a model folder, a run folder, a checkpoint of a run, or a hub id.
+        data: a file of gold, a glob, or rows in memory.
+        columns: field -> column where the file names them otherwise.
+        with_tokens: write every gold token with its log-probability, rank, the best token's and the entropy.
+        alternatives: also the likeliest tokens at each place, so many.
+        without_context: also log P of the gold after the beginning token alone; from both the difficulty.
+        output: the score file, JSON Lines or (by its suffix) Parquet; none is written by default. An interrupted run leaves
+            `OUTPUT.partial`, and the same call goes on from there.
+        limit: score the first rows only.
+        tokens_per_microbatch: tokens that go through the model at a time; changes a number by rounding only.
+        quiet: no progress on standard error.
+
+    Raises:
+        GoldsmithError: bad data (exit code 3), a refused model (4), a full disk (7).
+    """
+    if alternatives < 0:
+        raise ConfigError(f"alternatives: {alternatives} is negative", remedy="give how many tokens to list, such as 5")
+    opened = open_model(model, device=device, dtype=dtype, revision=revision, max_length=max_length)
+    dataset = opened.dataset(data, columns=columns, on_bad_row=on_bad_row, limit=limit)
+    return score_opened(
+        opened,
+        dataset,
+        with_tokens=with_tokens,
+        alternatives=alternatives,
+        without_context=without_context,
+        output=output,
+        dtype=dtype,
+        tokens_per_microbatch=tokens_per_microbatch,
+        quiet=quiet,
+    )
+
+
+def score_opened(
+    opened: OpenModel,
+    dataset: Dataset,
+    *,
+    with_tokens: bool = False,
+    alternatives: int = 0,
+    without_context: bool = False,
+    output: str | Path | None = None,
+    dtype: DtypeName = "auto",
+    tokens_per_microbatch: int | None = None,
+    quiet: bool = True,
+) -> ScoreSummary:
+    """The same for a model that is open and rows that are read; arguments as in `score`."""
+    asked = Asked(
+        tokens=with_tokens or alternatives > 0,
+        alternatives=alternatives,
+        without_context=without_context,
+        beginning=_beginning(opened) if without_context else (),
+    )
+    budget = tokens_per_microbatch or default_budget(opened.model.device)
+    tally = ScoreTally()
+    # Products are float32 unless half precision is asked for by name: numbers that are compared are worth the time.
+    in_half = dtype in ("bfloat16", "float16")
+    half = torch.float16 if dtype == "float16" else torch.bfloat16
+    with ExitStack() as stack:
+        writer = None
+        if output is not None:
+            run = {
+                "model": _digest(opened.model),
+                "data": dataset.fingerprint(),
+                "tokens": asked.tokens,
+                "alternatives": asked.alternatives,
+                "without_context": list(asked.beginning),
+                "precision": dtype if in_half else str(next(opened.model.parameters()).dtype).removeprefix("torch."),
+            }
+            how = {
+                "tokens_per_microbatch": budget,
+                "device": str(opened.model.device),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "goldsmith": goldsmith.__version__,
+            }
+            writer = stack.enter_context(ScoreWriter(output, run, how=how))
+            for scores, parts in writer.done():
+                tally.add(scores, parts)
+            if writer.num_done and not quiet:
+                _say(f"going on after {writer.num_done:,} of {len(dataset):,} examples, from {writer.partial}")
+            if writer.changed and not quiet:
+                _say(f"{', '.join(writer.changed)} changed since: the rest will be equal to rounding, not to the bit")
+        stack.enter_context(torch.autocast(opened.model.device.type, dtype=half, enabled=in_half))
+        show = stack.enter_context(_Progress(len(dataset), quiet=quiet))
+        done = 0 if writer is None else writer.num_done
+        for window in score_windows(
+            opened.model,
+            TokenTexts(opened.tokenizer),
+            dataset,
+            asked,
+            tokens_per_microbatch=budget,
+            shares_contexts=opened.shares_contexts,
+            first=done,
+        ):
+            rows: list[tuple[TokenScores, Parts]] = [(one.scores, parts_of(one.scores, one.gold)) for one in window]
+            if writer is not None:
+                writer.write_window(rows)
+            for scores, parts in rows:
+                tally.add(scores, parts)
+            done += len(rows)
+            show(done)
+        if writer is not None:
+            writer.finish()
+    summary = tally.summary(role=opened.role)
+    return summary if output is None else replace(summary, output=str(output))
+
+
+def default_budget(device: torch.device) -> int:
+    """Tokens that go through the model at a time: on a CPU few, so that they stay in its caches."""
+    return 2048 if device.type == "cpu" else 16384
+
+
+def _beginning(opened: OpenModel) -> tuple[int, ...]:
+    """What stands for an empty context: what the tokenizer begins a text with, else its beginning or end token."""
+    tokenizer = opened.tokenizer
+    found = beginning_ids(tokenizer)
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if not found and token is not None:
+            found = [int(token)]
+    if not found:
+        raise ConfigError(
+            f"{opened.name}: its tokenizer has neither a beginning nor an end token to stand for an empty context",
+            remedy="score without --without-context, or set bos_token in the tokenizer's tokenizer_config.json",
+        )
+    return tuple(found)
+
+
+def _digest(model: torch.nn.Module) -> str:
+    """Of every weight and its name."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        if tensor.numel():
+            digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class _Progress:
+    """A bar on a terminal; elsewhere a line now and then; nothing where quiet."""
+
+    def __init__(self, total: int, *, quiet: bool) -> None:
+        self._total, self._quiet = total, quiet
+        self._last = time.monotonic()
+        self._bar: Progress | None = None
+        console = Console(stderr=True)
+        if console.is_terminal and not quiet:
+            columns = (TextColumn("scoring"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=console)
+            self._task = self._bar.add_task("scoring", total=total)
+
+    def __enter__(self) -> _Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, done: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+        elif not self._quiet and time.monotonic() - self._last > _SAY_EVERY:
+            self._last = time.monotonic()
+            _say(f"scored {done:,} of {self._total:,} examples")

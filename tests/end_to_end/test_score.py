@@ -1,0 +1,145 @@
+"""`goldsmith score` and `goldsmith compare` on models: a run, a checkpoint, a folder; interrupted and gone on with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import goldsmith
+from goldsmith.cli import app
+from goldsmith.errors import ConfigError, MachineError
+from goldsmith.recipe import Recipe
+from goldsmith.scoring.compare import Comparison
+from goldsmith.scoring.ranking import Ranking
+from goldsmith.scoring.writing import ScoreWriter
+
+ROWS = [{"id": f"r{n}", "prompt": f"{n} + 1 = ", "completion": str(n + 1), "weight": 1 + n % 3} for n in range(30)]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The test's own folder is the current one; one thread; windows of a few examples."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("goldsmith.scoring.score._WINDOW_EXAMPLES", 7)
+    (tmp_path / "gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+def test_the_weighted_sum_is_the_runs_last_evaluation(here: Path) -> None:
+    """In float64, of the result and of a checkpoint, whatever the packing."""
+    settings: dict[str, Any] = {
+        "model": {
+            "init": {"architecture": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+                     "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64},
+            "dtype": "float64",
+            "device": "cpu",
+        },
+        "tokenizer": {"train": {"kind": "character"}},
+        "data": {"train": "gold.jsonl", "eval": [{"path": "gold.jsonl", "weight": 0.5}]},
+        "training": {"epochs": 1, "batch_size": 10},
+        "checkpoint": {"every_steps": 1, "keep": 3},
+        "optimizer": {"learning_rate": 0.01},
+        "output_dir": "runs/it",
+    }  # fmt: skip
+    result = goldsmith.train(Recipe.from_mapping(settings), quiet=True)
+    frame = result.to_pandas()
+    nll = frame[frame["kind"] == "evaluation"]["nll"].iloc[-1]
+    assert "runs/it" in result._repr_html_()
+    for budget in (None, 16):
+        summary = goldsmith.score("runs/it", "gold.jsonl", dtype="float64", tokens_per_microbatch=budget)
+        assert summary.is_weighted
+        assert summary.weighted_nll is not None
+        assert summary.weighted_nll.estimate == pytest.approx(nll, rel=1e-9)
+        assert summary.nll_per_token.estimate != pytest.approx(nll, rel=1e-6)
+    last = sorted((here / "runs/it/checkpoints").iterdir())[-1]
+    again = goldsmith.score(str(last), "gold.jsonl")
+    assert again.weighted_nll is not None
+    assert again.weighted_nll.estimate == pytest.approx(nll, rel=1e-9)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    options: dict[str, Any] = {"alternatives": 2, "without_context": True, "device": "cpu"}
+    model = str(tiny_model_folder)
+    whole = goldsmith.score(model, "gold.jsonl", output=f"whole.{suffix}", **options)
+
+    original, windows = ScoreWriter.write_window, []
+
+    def dies(self: ScoreWriter, examples: Any) -> None:
+        if len(windows) == 2:
+            raise KeyboardInterrupt
+        windows.append(len(examples))
+        original(self, examples)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ScoreWriter, "write_window", dies)
+        with pytest.raises(KeyboardInterrupt):
+            goldsmith.score(model, "gold.jsonl", output=f"cut.{suffix}", **options)
+    assert windows == [7, 7]
+    assert not Path(f"cut.{suffix}").exists()
+    with pytest.raises(MachineError, match="alternatives: 2 there, 0 here"):
+        goldsmith.score(model, "gold.jsonl", output=f"cut.{suffix}", without_context=True, device="cpu")
+    resumed = goldsmith.score(model, "gold.jsonl", output=f"cut.{suffix}", **options)
+    assert Path(f"cut.{suffix}").read_bytes() == Path(f"whole.{suffix}").read_bytes()
+    assert {**resumed.to_json(), "output": None} == {**whole.to_json(), "output": None}
+    assert not list(Path().glob("*.partial"))
+    rows = goldsmith.read_scores(f"cut.{suffix}")
+    assert [row.example_id for row in rows] == [row["id"] for row in ROWS]
+    assert {row.source_name for row in rows} == {"gold"}
+    assert (rows[0].context, rows[0].context_tokens) == ("0 + 1 = ", 8)
+    assert rows[0].tokens is not None
+    assert all(len(token.alternatives or ()) == 2 for token in rows[0].tokens)
+
+
+def test_the_command_prints_one_object(tiny_model_folder: Path) -> None:
+    result = CliRunner().invoke(
+        app, ["score", str(tiny_model_folder), "gold.jsonl", "--limit", "9", "--without-context", "--json", "-q"]
+    )
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert values["num_examples"] == 9
+    for name in ("nll_per_token", "nll_per_example", "perplexity_interval", "bits_per_byte", "token_accuracy", "exact"):
+        assert values[name]["low"] <= values[name]["estimate"] <= values[name]["high"]
+    assert values["weighted_nll"]["estimate"] != values["nll_per_token"]["estimate"]
+    assert set(values["difficulty"]["quantiles"]) == {"5%", "25%", "50%", "75%", "95%"}
+    roles = [group for group in values["groups"] if group["by"] == "role"]
+    assert [(group["label"], group["num_examples"]) for group in roles] == [("assistant", 9)]
+
+
+def test_models_are_compared_in_one_go(tiny_model_folder: Path, here: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    others = []
+    for number in (1, 2):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.mul_(1 + number / 5)
+        others.append(f"other-{number}")
+        model.save_pretrained(others[-1])
+        AutoTokenizer.from_pretrained(tiny_model_folder).save_pretrained(others[-1])
+    result = CliRunner().invoke(app, ["compare", str(tiny_model_folder), *others, "gold.jsonl", "--json", "-q"])
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert {model["name"] for model in values["models"]} == {tiny_model_folder.name, *others}
+    assert len(values["tests"]) == 3
+
+    goldsmith.score(others[0], ROWS, output="one.jsonl", with_tokens=True, device="cpu")
+    pair = goldsmith.compare_models("one.jsonl", others[1], data=ROWS, device="cpu")
+    assert isinstance(pair, Comparison)
+    assert pair.names == ("one.jsonl", "other-2")
+    assert pair.num_shared == 30
+    assert {group.by for group in pair.groups} == {"position"}
+    assert isinstance(goldsmith.compare("one.jsonl", "one.jsonl", "one.jsonl", names=("x", "y", "z")), Ranking)
+    with pytest.raises(ConfigError, match="so the last must be a file of gold"):
+        goldsmith.workflows.compare(str(tiny_model_folder), others[0])  # type: ignore[attr-defined]
