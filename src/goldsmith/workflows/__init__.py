@@ -5,7 +5,20 @@ A folder and not one file, because a run, the use of a model and the demo are th
 
 from goldsmith.workflows.demo import DemoResult, demo
 from goldsmith.workflows.models import compare_files, generate, score
+from goldsmith.workflows.reporting import ReportResult, report, serve_report
 from goldsmith.workflows.run import RunResult, train
 from goldsmith.workflows.verifying import verify
 
-__all__ = ["DemoResult", "RunResult", "compare_files", "demo", "generate", "score", "train", "verify"]
+__all__ = [
+    "DemoResult",
+    "ReportResult",
+    "RunResult",
+    "compare_files",
+    "demo",
+    "generate",
+    "report",
+    "score",
+    "serve_report",
+    "train",
+    "verify",
+]
