@@ -27,6 +27,7 @@ COMMANDS = {
     "score": ["model", "data.jsonl"],
     "compare": ["a.jsonl", "b.jsonl"],
     "generate": ["model", "data.jsonl"],
+    "report": ["run"],
     "demo": [],
 }
 WORKFLOWS = {"compare": "compare_files"}
