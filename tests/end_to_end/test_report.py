@@ -458,5 +458,8 @@ def test_what_cannot_be_shown_is_said(tmp_path: Path) -> None:
     assert (nothing.exit_code, "a run folder or --scores" in nothing.output) == (2, True)
     no_run = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert (no_run.exit_code, "recipe.yaml" in no_run.output) == (7, True)
+    (tmp_path / "a.jsonl").write_text('{"example_id": "a", "log_prob": -1.0}\n')
+    no_folder = CliRunner().invoke(app, ["report", "--scores", f"{tmp_path}/a.jsonl", "-o", f"{tmp_path}/none/x.html"])
+    assert (no_folder.exit_code, "there is no folder" in no_folder.output) == (7, True)
     no_file = CliRunner().invoke(app, ["report", str(tmp_path), "--serve", "--output", "x.html"])
     assert no_file.exit_code == 2

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from goldsmith import distributed
 from goldsmith.data.loader import Dataset
-from goldsmith.errors import ConfigError, DataError
+from goldsmith.errors import ConfigError, DataError, MachineError
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.step import autocast
 from goldsmith.report.page import MAX_EXAMPLES, ReportConfig, payload_of, render_page
@@ -80,6 +80,8 @@ def report(
     """
     folders, files = _existing(runs, scores)
     path = Path(output) if output is not None else (folders[0] / REPORT if folders else Path(REPORT))
+    if not path.parent.is_dir():
+        raise MachineError(f"{path}: there is no folder {path.parent}", remedy="make it, or choose another --output")
     sides = _sides(folders, files)
     page = render_page(
         runs=[read_run(folder) for folder in folders],
