@@ -12,6 +12,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from functools import cache
+from importlib.metadata import version
 from importlib.resources import files
 
 import jinja2
@@ -19,7 +20,6 @@ import numpy as np
 from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict, Field
 
-import goldsmith
 from goldsmith.report.payload import Side, build_payload
 from goldsmith.report.run_files import RunView
 
@@ -68,7 +68,7 @@ def page_of_payload(payload: bytes, *, title: str, is_live: bool = False) -> str
     )
     return _template().render(
         title=title,
-        version=goldsmith.__version__,
+        version=version("goldsmith"),
         policy=policy,
         is_live=is_live,
         style=Markup(style),
