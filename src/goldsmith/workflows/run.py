@@ -294,7 +294,7 @@ def _run(
             tokenizer,
             eval_data or train_data,
             resolved.report,
-            tokens_per_microbatch=resolved.training.tokens_per_microbatch,
+            tokens_per_microbatch=trainer.memory.evaluation_tokens,
         )
 
     # Also in a run that goes on: until `trainer.train()` takes up its checkpoint, the weights are those that it began with.
