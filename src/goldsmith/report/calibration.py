@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from goldsmith.types import TokenScores
 
@@ -77,8 +78,8 @@ def calibration(scores: Iterable[TokenScores]) -> Calibration:
     right = np.array(is_right, dtype=np.float64)
     bins = _bins(confidence)
     counts = np.bincount(bins, minlength=NUM_BINS)
-    confidence_sums = np.bincount(bins, weights=confidence, minlength=NUM_BINS)
-    right_sums = np.bincount(bins, weights=right, minlength=NUM_BINS)
+    confidence_sums = np.bincount(bins, weights=confidence, minlength=NUM_BINS).astype(np.float64)
+    right_sums = np.bincount(bins, weights=right, minlength=NUM_BINS).astype(np.float64)
     gaps = np.abs(right_sums - confidence_sums)  # n_b * |acc_b - conf_b|
     return Calibration(
         gold_histogram=tuple(np.bincount(_bins(np.exp(np.array(gold))), minlength=NUM_BINS).tolist()),
@@ -94,13 +95,11 @@ def calibration(scores: Iterable[TokenScores]) -> Calibration:
     )
 
 
-def _bins(probabilities: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _bins(probabilities: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
     """The bin of each: [0, 0.1), [0.1, 0.2), ... [0.9, 1]."""
-    bins: np.ndarray[Any, np.dtype[np.int64]] = np.clip((probabilities * NUM_BINS).astype(np.int64), 0, NUM_BINS - 1)
+    bins: npt.NDArray[np.int64] = np.clip((probabilities * NUM_BINS).astype(np.int64), 0, NUM_BINS - 1)
     return bins
 
 
-def _ratios(
-    tops: np.ndarray[Any, np.dtype[np.float64]], bottoms: np.ndarray[Any, np.dtype[np.int64]]
-) -> tuple[float | None, ...]:
+def _ratios(tops: npt.NDArray[np.float64], bottoms: npt.NDArray[np.int64]) -> tuple[float | None, ...]:
     return tuple(top / bottom if bottom else None for top, bottom in zip(tops.tolist(), bottoms.tolist(), strict=True))
