@@ -89,7 +89,8 @@ def _as_text(data: bytes) -> str:
     """
     words = np.frombuffer(data + b"\0" * (-len(data) % 4), dtype="<u4").astype(np.int64)
     digits = (words[:, None] // 85 ** np.arange(5)) % 85
-    return f"{len(data)} " + np.frombuffer(_DIGITS.encode(), dtype=np.uint8)[digits].tobytes().decode("ascii")
+    characters: bytes = np.frombuffer(_DIGITS.encode(), dtype=np.uint8)[digits].tobytes()
+    return f"{len(data)} " + characters.decode("ascii")
 
 
 @cache

@@ -185,10 +185,10 @@ def _sides(folders: Sequence[Path], files: Sequence[Path]) -> list[Side]:
             if is_held_out
             else f"{folder.resolve().name} has no held-out data: its examples here are of its training data."
         )
-        for file, moment in ((BEFORE, "before"), (AFTER, "after")):
-            if (folder / file).is_file():
+        for moment, scored in (("before", folder / BEFORE), ("after", folder / AFTER)):
+            if scored.is_file():
                 name = moment if len(folders) == 1 and not files else f"{folder.resolve().name}, {moment}"
-                sides.append(Side(name=name, scores=read_scores(folder / file), note=note))
+                sides.append(Side(name=name, scores=read_scores(scored), note=note))
     names = [file.name.removesuffix(".jsonl") for file in files]
     for file, name in zip(files, names, strict=True):
         sides.append(Side(name=name if names.count(name) == 1 else str(file), scores=read_scores(file)))
