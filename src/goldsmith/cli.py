@@ -500,6 +500,40 @@ def generate(
     )
 
 
+@_command("One HTML page of a run or of score files: curves, and the gold token by token.")
+def report(
+    runs: Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", help="Run folders, finished or not.")] = None,
+    scores: Annotated[
+        list[str] | None,
+        typer.Option("--scores", metavar="FILE", help="A score file; may be repeated, to compare."),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Default: report.html in the run, else in this folder."),
+    ] = None,
+    max_examples: Annotated[int, typer.Option("--examples", min=1, help="Show so many, token by token.")] = 1000,
+    serve: Annotated[bool, typer.Option("--serve", help="Serve it on this machine, as new as its files.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --serve; 0: a free one.")] = 0,
+    as_json: JsonOption = False,
+) -> Result:
+    """Write one self-contained HTML page: it needs no network, and can be mailed or kept with the run.
+
+    \b
+    Example:
+      goldsmith report runs/legal
+      goldsmith report runs/legal --serve
+      goldsmith report --scores base.jsonl --scores tuned.jsonl --output compared.html
+    """
+    from goldsmith import workflows
+
+    if not serve:
+        return workflows.report(runs or (), scores or (), output=output, max_examples=max_examples)
+    if output is not None or as_json:
+        raise ConfigError("--serve writes no file and prints no JSON", remedy="leave out --output and --json")
+    workflows.serve_report(runs or (), scores or (), port=port, max_examples=max_examples)
+    raise typer.Exit
+
+
 @_command("Train on real gold in two minutes, and look at the result.")
 def demo(
     output_dir: Annotated[str, typer.Option(metavar="FOLDER", help="The run folder.")] = "runs/demo",

@@ -39,6 +39,7 @@ from goldsmith.errors import ConfigError
 from goldsmith.models.adapters import AdapterConfig
 from goldsmith.models.load import ModelConfig
 from goldsmith.objective.cross_entropy import ObjectiveConfig
+from goldsmith.report.page import ReportConfig
 from goldsmith.training.checkpoint import CheckpointConfig
 from goldsmith.training.optimizer import OptimizerConfig
 from goldsmith.training.trainer import EvaluationConfig, TrainingConfig
@@ -76,6 +77,9 @@ class Recipe(BaseModel):
     )
     checkpoint: CheckpointConfig = Field(
         default_factory=CheckpointConfig, description="when the state is saved, and how many stay"
+    )
+    report: ReportConfig = Field(
+        default_factory=ReportConfig, description="what is scored to be shown token by token, before and after"
     )
     output_dir: str = Field(default="runs/run", min_length=1, description="the run folder")
 

@@ -158,12 +158,15 @@ def _content(run: TrainingRun) -> dict[str, Any]:
             content[name] = [line for line in path.read_text().splitlines() if not line.startswith("output_dir:")]
         elif name == "result.json":
             result = json.loads(path.read_text())
-            del result["training"]["seconds"], result["output_dir"], result["model_dir"]
+            del result["training"]["seconds"], result["output_dir"], result["model_dir"], result["report"]
             content[name] = result
         elif path.name == "state.json":
             # The times in metrics.jsonl are longer or shorter, so the offset into it is not comparable.
             state = json.loads(path.read_text())
             content[name] = {k: v for k, v in state.items() if k not in ("elapsed_seconds", "metrics_offset")}
+        elif name == "report.html":
+            # It shows how long steps took; what it shows of the gold is in scores-before.jsonl and scores-after.jsonl.
+            content[name] = "a page"
         elif path.name not in ("MANIFEST.json", ".lock"):
             content[name] = path.read_bytes()
     return content

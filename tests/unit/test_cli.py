@@ -28,6 +28,7 @@ COMMANDS = {
     "compare": ["a.jsonl", "b.jsonl"],
     "generate": ["model", "data.jsonl"],
     "inspect": ["recipe.yaml"],
+    "report": ["run"],
     "demo": [],
 }
 WORKFLOWS: dict[str, str] = {}

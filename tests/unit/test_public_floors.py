@@ -43,6 +43,7 @@ FLOORS = [
     {"cli"},
     {"workflows"},
     {"recipe"},
+    {"report"},
     {"training", "inspection", "scoring", "generation"},
     {"models"},
     {"data", "objective", "statistics", "distributed"},

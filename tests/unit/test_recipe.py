@@ -103,7 +103,6 @@ def test_a_recipe_is_frozen(load: Load) -> None:
         ("adapters: {kind: lora}\n", ":3", "adapters", "`adapter`"),
         # keys of rooms that do not exist yet
         ("trackers: []\n", ":3", "trackers", "known here: model, "),
-        ("report: true\n", ":3", "report", "known here: model, "),
     ],
 )
 def test_unknown_key(load: Load, text: str, place: str, key: str, nearest: str) -> None:

@@ -7,19 +7,23 @@ from goldsmith.workflows.comparing import compare, compare_models
 from goldsmith.workflows.demo import DemoResult, demo
 from goldsmith.workflows.inspecting import inspect
 from goldsmith.workflows.models import generate
+from goldsmith.workflows.reporting import ReportResult, report, serve_report
 from goldsmith.workflows.run import RunResult, train
 from goldsmith.workflows.scoring import score
 from goldsmith.workflows.verifying import verify
 
 __all__ = [
     "DemoResult",
+    "ReportResult",
     "RunResult",
     "compare",
     "compare_models",
     "demo",
     "generate",
     "inspect",
+    "report",
     "score",
+    "serve_report",
     "train",
     "verify",
 ]

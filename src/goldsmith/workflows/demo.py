@@ -163,6 +163,8 @@ class DemoResult:
         text.append(f"\nlog P({_gold_text(self.named.gold)} | {self.named.word})", style="bold")
         text.append(f"  {before:.2f} -> {after:.2f} nats: P {math.exp(before):.2g} -> {math.exp(after):.2g}\n\n")
         text.append(f"run folder: {folder}\ngold:       {data_dir}\n")
+        if self.run.report is not None:
+            text.append(f"report:     {_relative(self.run.report)}\n")
         text.append(f"try:        goldsmith generate {folder} --prompt {self.named.word}s")
         return text
 
@@ -283,6 +285,7 @@ def demo_recipe(folder: Path, data_dir: Path, *, max_seconds: float, max_steps: 
                 "schedule": "linear",
                 "warmup_ratio": 0.05,
             },
+            "report": {"examples": 100},
             "output_dir": str(folder),
         },
         name="demo",

@@ -55,6 +55,7 @@ from goldsmith.workflows.materials import (
     stream_of,
     tokenizer_of,
 )
+from goldsmith.workflows.reporting import AFTER, BEFORE, REPORT, score_for_report, write_run_report
 
 __all__ = ["RunResult", "train"]
 
@@ -86,6 +87,7 @@ CHANGEABLE_KEYS = (
     "optimizer.step_in_backward",
     "checkpoint.every_steps",
     "checkpoint.keep",
+    "report.examples",
     "output_dir",
 )
 
@@ -100,6 +102,7 @@ class RunResult:
         training: steps, nll before and after, the best.
         parity: how the saved model compares with the trained one; None on ranks that wrote nothing.
         rows: rows of the training data read, and used.
+        report: the page that shows the run; None where it was not written.
     """
 
     output_dir: Path
@@ -107,6 +110,7 @@ class RunResult:
     training: TrainingResult
     parity: Parity | None
     rows: dict[str, int]
+    report: Path | None = None
 
     @property
     def model_dir(self) -> Path:
@@ -115,7 +119,12 @@ class RunResult:
 
     def to_json(self) -> dict[str, Any]:
         """One machine-readable object."""
-        return {**asdict(self), "output_dir": str(self.output_dir), "model_dir": str(self.model_dir)}
+        return {
+            **asdict(self),
+            "output_dir": str(self.output_dir),
+            "model_dir": str(self.model_dir),
+            "report": None if self.report is None else str(self.report),
+        }
 
     def to_pandas(self) -> Any:
         """A `pandas.DataFrame` of `metrics.jsonl`: a row for each step and evaluation, `kind` says which.
@@ -156,6 +165,8 @@ class RunResult:
                     f"adapter: {self.output_dir / 'adapter'}, in the form of peft; merged into the model above, which before "
                     f"rounding is equal to {self.parity.merge_difference:.0e}"
                 )
+        if self.report is not None:
+            lines.append(f"report: {self.report}")
         return "\n".join(lines)
 
 
@@ -301,7 +312,22 @@ def _run(
         write_atomic(folder / MEMORY, json.dumps(trainer.memory.budget().to_json(), indent=1) + "\n")
     distributed.barrier()
 
+    def score_shown(name: str) -> None:
+        score_for_report(
+            folder / name,
+            model,
+            tokenizer,
+            eval_data or train_data,
+            resolved.report,
+            tokens_per_microbatch=trainer.memory.evaluation_tokens,
+        )
+
+    # Also in a run that goes on: until `trainer.train()` takes up its checkpoint, the weights are those that it began with.
+    if distributed.agree(not (folder / BEFORE).is_file(), device):
+        score_shown(BEFORE)
+
     result = trainer.train()
+    score_shown(AFTER)
     train_report = train_data.report
     if stream is not None:
         train_report = stream.report()
@@ -336,11 +362,12 @@ def _run(
         )
         del result_lm
         parity = check_parity(model_dir, model, eval_data or train_data)
-        outcome = replace(outcome, parity=replace(parity, merge_difference=merge_difference))
+        outcome = replace(outcome, parity=replace(parity, merge_difference=merge_difference), report=folder / REPORT)
         write_atomic(folder / RESULT, json.dumps(outcome.to_json(), indent=1) + "\n")
         if stream is not None:  # only now are its rows counted
             data_report["train"] |= train_report.to_json()
             write_atomic(folder / DATA, json.dumps(data_report, indent=1) + "\n")
+        write_run_report(folder)
     distributed.barrier()
     return outcome
 
@@ -545,6 +572,7 @@ def _finished(folder: Path) -> RunResult:
         training=TrainingResult(**values["training"]),
         parity=Parity(**values["parity"]),
         rows=values["rows"],
+        report=folder / REPORT if (folder / REPORT).is_file() else None,
     )
 
 
