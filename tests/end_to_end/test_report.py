@@ -412,6 +412,10 @@ def test_a_run_scores_its_held_out_gold_before_and_after(tmp_path: Path, tiny_mo
         before, after = (read_scores(folder / f"scores-{moment}.jsonl") for moment in ("before", "after"))
         assert [score.example_id for score in before] == [score.example_id for score in after]
         assert len(before) == 3
+        first = (after[0].tokens or ())[0]
+        assert first.rank is not None
+        assert len(first.alternatives or ()) == 5
+        assert after[0].context == "0 + 1 = "
         assert sum(score.log_prob for score in after) > sum(score.log_prob for score in before)
 
         (folder / "report.html").unlink()

@@ -38,6 +38,7 @@ class ReportConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     examples: int = Field(200, ge=0, description="the first so many held-out examples; 0: none")
+    alternatives: int = Field(5, ge=0, le=20, description="the likeliest tokens that are kept at each gold token")
 
 
 def payload_of(

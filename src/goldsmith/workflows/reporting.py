@@ -21,7 +21,8 @@ from goldsmith.report.payload import Side
 from goldsmith.report.run_files import RUN_FILES, read_run
 from goldsmith.report.serve import HOST, report_server
 from goldsmith.scoring.files import read_scores, score_to_json
-from goldsmith.scoring.score import score_dataset
+from goldsmith.scoring.score import Asked, score_windows
+from goldsmith.scoring.texts import TokenTexts
 from goldsmith.storage import write_atomic
 
 __all__ = [
@@ -152,8 +153,18 @@ def score_for_report(
         return
     shown = Dataset(dataset[: config.examples], report=dataset.report)
     with autocast(model.device):
-        scores = score_dataset(model, tokenizer, shown, tokens_per_microbatch=tokens_per_microbatch, with_tokens=True)
-        lines = [json.dumps(score_to_json(score), ensure_ascii=False, allow_nan=False) + "\n" for score in scores]
+        windows = score_windows(
+            model,
+            TokenTexts(tokenizer),
+            shown,
+            Asked(tokens=True, alternatives=config.alternatives),
+            tokens_per_microbatch=tokens_per_microbatch,
+        )
+        lines = [
+            json.dumps(score_to_json(example.scores), ensure_ascii=False, allow_nan=False) + "\n"
+            for window in windows
+            for example in window
+        ]
     if distributed.is_main():
         write_atomic(path, "".join(lines).encode("utf-8", "surrogatepass"))
 

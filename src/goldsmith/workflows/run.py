@@ -88,6 +88,7 @@ CHANGEABLE_KEYS = (
     "checkpoint.every_steps",
     "checkpoint.keep",
     "report.examples",
+    "report.alternatives",
     "output_dir",
 )
 
