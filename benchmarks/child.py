@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["Stopwatch", "Work", "run_child"]
+__all__ = ["Stopwatch", "Work", "lora_config", "run_child"]
 
 Setting = dict[str, Any]
 
@@ -107,6 +107,17 @@ class Stopwatch:
     @property
     def step_seconds(self) -> list[float]:
         return np.diff(self._marks).tolist()
+
+
+def lora_config(work: Work) -> Any:
+    """The adapter of the workload for `peft`, which every system has; None where all of the model is trained."""
+    rank = work.facts["lora_rank"]
+    if not rank:
+        return None
+    from peft import LoraConfig
+
+    torch.manual_seed(work.facts["seed"])  # of the random factor
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def run_child(train: Callable[[Work, Setting, Stopwatch], None], packages: Sequence[str]) -> None:

@@ -45,10 +45,8 @@ def interpreter(system: str) -> Path:
     return TRL_ENVIRONMENT / "bin" / "python" if system == "trl" else Path(sys.executable)
 
 
-def unavailable(system: str, workload: Workload) -> str | None:
-    """Why the system cannot run the workload, or None."""
-    if workload.unavailable is not None:
-        return workload.unavailable
+def unavailable(system: str) -> str | None:
+    """Why the system cannot run, or None."""
     if not interpreter(system).is_file():
         return f"not installed; `{Path(sys.executable).name} benchmarks/run.py --install {system}` does it"
     return None
@@ -79,7 +77,7 @@ def install(system: str) -> None:
     if not (TRL_ENVIRONMENT / "bin" / "pip").is_file():
         subprocess.run([sys.executable, "-m", "venv", str(TRL_ENVIRONMENT)], check=True)
     torch = f"torch=={metadata.version('torch').partition('+')[0]}"
-    subprocess.run([str(TRL_ENVIRONMENT / "bin" / "pip"), "install", "--upgrade", "trl", torch], check=True)
+    subprocess.run([str(TRL_ENVIRONMENT / "bin" / "pip"), "install", "--upgrade", "trl", "peft", torch], check=True)
 
 
 # One run
@@ -151,7 +149,7 @@ def run_workload(name: str, options: argparse.Namespace, *, warning: str | None)
     environment = dict(os.environ)
     if options.threads:
         environment |= {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
-    reasons = {system: unavailable(system, workload) for system in options.systems}
+    reasons = {system: unavailable(system) for system in options.systems}
     systems = [system for system in options.systems if reasons[system] is None]
     for system, reason in reasons.items():
         if reason is not None:

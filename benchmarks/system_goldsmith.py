@@ -9,6 +9,7 @@ import numpy as np
 from child import Setting, Stopwatch, Work, run_child
 
 from goldsmith.data.loader import Dataset
+from goldsmith.models.adapters import AdapterBase, AdapterConfig, attach_adapter
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.load import load_causal_lm, silence_randomness
 from goldsmith.objective.cross_entropy import ObjectiveConfig
@@ -40,6 +41,13 @@ def build_trainer(work: Work, tokens_per_microbatch: int, output_dir: Path) -> T
     )
     causal_lm = load_causal_lm(work.model_folder, device=str(work.device))
     silence_randomness(causal_lm)
+    if rank := work.facts["lora_rank"]:
+        attach_adapter(
+            causal_lm,
+            AdapterConfig(kind="lora", rank=rank, alpha=2 * rank),
+            base=AdapterBase(path=str(work.model_folder), revision=None),
+            seed=work.facts["seed"],
+        )
     causal_lm.train()
     trainer = Trainer(
         model=LikelihoodModel(causal_lm),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from child import Setting, Stopwatch, Work, run_child
+from child import Setting, Stopwatch, Work, lora_config, run_child
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
@@ -11,9 +11,14 @@ from transformers import AutoModelForCausalLM
 def train(work: Work, setting: Setting, stopwatch: Stopwatch) -> None:
     device = work.device
     model = AutoModelForCausalLM.from_pretrained(work.model_folder, dtype=torch.float32, attn_implementation="sdpa")
+    if (config := lora_config(work)) is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, config)
     model.to(device).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=work.facts["learning_rate"], betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True
+        trained, lr=work.facts["learning_rate"], betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True
     )
     size = setting["rows_per_microbatch"]
     stopwatch.start()
@@ -33,7 +38,7 @@ def train(work: Work, setting: Setting, stopwatch: Stopwatch) -> None:
             loss.backward()
             total += loss.item()
             del logits, loss
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         stopwatch.step_done(total)

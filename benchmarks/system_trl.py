@@ -6,7 +6,7 @@ import tempfile
 from typing import Any
 
 import torch
-from child import Setting, Stopwatch, Work, run_child
+from child import Setting, Stopwatch, Work, lora_config, run_child
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -85,6 +85,7 @@ def train(work: Work, setting: Setting, stopwatch: Stopwatch) -> None:
             train_dataset=data,
             processing_class=AutoTokenizer.from_pretrained(work.model_folder),
             callbacks=[marks],
+            peft_config=lora_config(work),
         )
         trainer.marks = marks
         trainer.train()

@@ -86,7 +86,7 @@ class Workload:
         num_rows, batch_size: the default number of rows, and examples a step.
         tokens_per_microbatch: goldsmith's one setting, for speed and memory.
         rows_per_microbatch: what padded peers are tried with; the whole step (`batch_size`) among them.
-        unavailable: why it cannot be run yet.
+        lora_rank: of the factors on all linear layers; 0 where all of the model is trained.
         note: printed under the table.
     """
 
@@ -97,7 +97,7 @@ class Workload:
     tokens_per_microbatch: int
     rows_per_microbatch: tuple[int, ...]
     learning_rate: float = 2e-5
-    unavailable: str | None = None
+    lora_rank: int = 0
     note: str | None = None
     in_all: bool = field(default=True)
 
@@ -159,7 +159,8 @@ WORKLOADS: dict[str, Workload] = {
         batch_size=8,
         tokens_per_microbatch=1024,
         rows_per_microbatch=(8, 2, 1),
-        unavailable="goldsmith has no adapters yet",
+        lora_rank=16,
+        learning_rate=2e-4,
     ),
     "tiny": Workload(
         shape=TINY,
@@ -169,6 +170,18 @@ WORKLOADS: dict[str, Workload] = {
         tokens_per_microbatch=512,
         rows_per_microbatch=(4,),
         note="proves that the harness works; its figures say nothing",
+        in_all=False,
+    ),
+    "tiny-lora": Workload(
+        shape=TINY,
+        rows="gsm8k",
+        num_rows=8,
+        batch_size=4,
+        tokens_per_microbatch=512,
+        rows_per_microbatch=(4,),
+        note="proves that the harness works; its figures say nothing",
+        lora_rank=4,
+        learning_rate=1e-3,
         in_all=False,
     ),
 }
@@ -374,9 +387,11 @@ def prepare(name: str, folder: Path, *, num_rows: int | None = None, device: str
         "longest_row": int(lengths.max()),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "linear_parameters": linear,
+        "lora_rank": workload.lora_rank,
         # What must be computed: forward and backward of the decoder's linear layers for every token, of the output
-        # projection for gold tokens. Attention, element-wise work and padding are not counted.
-        "useful_flops": 6.0 * linear * int(lengths.sum()) + 6.0 * width * vocabulary * gold,
+        # projection for gold tokens. Attention, element-wise work and padding are not counted. Frozen weights have no gradient.
+        "useful_flops": (4.0 if workload.lora_rank else 6.0)
+        * (linear * int(lengths.sum()) + width * vocabulary * gold),
     }
     (folder / "work.json").write_text(json.dumps(work, indent=1) + "\n")
 

@@ -38,23 +38,33 @@ def work(harness: dict[str, ModuleType], tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
+@pytest.fixture(scope="module")
+def lora_work(harness: dict[str, ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lora-work")
+    harness["workloads"].prepare("tiny-lora", folder)
+    return folder
+
+
 def test_doctests(harness: dict[str, ModuleType]) -> None:
     results = [doctest.testmod(module) for module in harness.values()]
     assert sum(result.attempted for result in results) >= 4
     assert sum(result.failed for result in results) == 0
 
 
+@pytest.mark.parametrize("kind", ["work", "lora_work"])
 @pytest.mark.parametrize(
     "system", [("system_goldsmith", {"tokens_per_microbatch": 300}), ("system_plain", {"rows_per_microbatch": 1})]
 )
 def test_systems_do_the_same_work(
     harness: dict[str, ModuleType],
-    work: Path,
+    kind: str,
+    request: pytest.FixtureRequest,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     system: tuple[str, dict[str, int]],
 ) -> None:
     """Each child's result file is complete, and its losses are those of the plain loop with the whole step at once."""
+    work: Path = request.getfixturevalue(kind)
     child = harness["child"]
     monkeypatch.setattr(child, "_limit_memory", lambda _limit: None)
 
@@ -71,7 +81,8 @@ def test_systems_do_the_same_work(
     facts = json.loads((work / "work.json").read_text())
     assert result["outcome"] == "done"
     assert len(result["losses"]) == len(result["step_seconds"]) == facts["num_steps"] == 2
-    np.testing.assert_allclose(result["losses"], expected["losses"], atol=2e-5)
+    # The random factors of an adapter are each system's own; they count from the second step on.
+    np.testing.assert_allclose(result["losses"], expected["losses"], atol=2e-5 if kind == "work" else 1e-3)
     assert result["losses"][1] < result["losses"][0]
     assert result["seconds"] == pytest.approx(sum(result["step_seconds"]))
     assert (result["tokens"], result["gold_tokens"]) == (facts["num_tokens"], facts["num_gold_tokens"])
@@ -221,11 +232,6 @@ def test_what_a_failed_program_printed_is_kept(
     result = run.run_system("goldsmith", work, {"a": 1}, steps=None, environment={})
     assert result["outcome"] == "failed with exit code 3"
     assert "what went wrong" in result["output"]
-
-
-def test_lora_is_not_faked(harness: dict[str, ModuleType]) -> None:
-    reason = harness["run"].unavailable("goldsmith", harness["workloads"].WORKLOADS["lora-135m"])
-    assert reason == "goldsmith has no adapters yet"
 
 
 def test_packs_are_cut_in_every_way(harness: dict[str, ModuleType]) -> None:
