@@ -76,6 +76,9 @@ def test_the_command_writes_a_run(settings: dict[str, Any], here: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {
         ".lock",
         "recipe.yaml",
+        "report.html",
+        "scores-before.jsonl",
+        "scores-after.jsonl",
         "data.json",
         "environment.json",
         "memory.json",

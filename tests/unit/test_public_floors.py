@@ -28,6 +28,7 @@ PUBLIC_NAMES = {
     "compare",
     "compare_models",
     "generate",
+    "inspect",
     "load_recipe",
     "read_scores",
     "score",

@@ -15,6 +15,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from goldsmith.data.rendering_config import RenderingConfig, template_text
+from goldsmith.data.tokenizer import words_of
 from goldsmith.errors import ConfigError
 
 __all__ = ["LOCATED", "ControlTokens", "Notation", "add_control_tokens", "template_control_tokens"]
@@ -60,7 +61,7 @@ class Notation:
 
 
 class ControlTokens:
-    """All added tokens of a tokenizer, special or not, but those of white space alone (which some use to indent).
+    """All added tokens of a tokenizer, special or not, but those of white space alone (which some use to indent) and its words.
 
     Attributes:
         ids: by text.
@@ -71,7 +72,10 @@ class ControlTokens:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         added = {str(token): int(index) for index, token in tokenizer.added_tokens_decoder.items()}
-        self.ids: dict[str, int] = {token: index for token, index in added.items() if token.strip()}
+        words = words_of(tokenizer)
+        self.ids: dict[str, int] = {
+            token: index for token, index in added.items() if token.strip() and token not in words
+        }
         self.id_set = frozenset(self.ids.values())
         self.names = sorted(self.ids)
         self._codes = {token: chr(_CODES + index) for index, token in enumerate(self.names)}
@@ -84,7 +88,7 @@ class ControlTokens:
         if isinstance(tokenizer, PreTrainedTokenizerFast):
             self._normalizer = tokenizer.backend_tokenizer.normalizer
         normalised = [
-            token for token in tokenizer.added_tokens_decoder.values() if token.normalized and str(token).strip()
+            token for token in tokenizer.added_tokens_decoder.values() if token.normalized and str(token) in self.ids
         ]
         if self._normalizer is not None and normalised:
             names = (self._normalizer.normalize_str(str(token)).strip("▁ ") for token in normalised)

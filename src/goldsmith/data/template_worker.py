@@ -24,6 +24,8 @@ import jinja2.runtime
 import jinja2.sandbox
 import jinja2.utils
 
+__all__ = ["environment", "main"]
+
 # A conversation of this many characters is no row of anybody; a template that writes it multiplies.
 _LONGEST_TEXT = 64_000_000
 _SECONDS_BETWEEN_ANSWERS = 0.05

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from goldsmith.errors import ConfigError, DataError, ModelError
 
-__all__ = ["TokenizerConfig", "TrainedTokenizerConfig", "beginning_ids", "load_tokenizer", "train_tokenizer"]
+__all__ = [
+    "TokenizerConfig",
+    "TrainedTokenizerConfig",
+    "add_words",
+    "beginning_ids",
+    "load_tokenizer",
+    "train_tokenizer",
+    "words_of",
+]
 
 BEGINNING: Final = "<s>"
 END: Final = "</s>"
 UNKNOWN: Final = "<unk>"
 
 _DEFAULT_VOCAB_SIZE: Final = 8192
+
+# Where a tokenizer's configuration lists the added tokens that are words of a text.
+_WORDS: Final = "goldsmith_words"
 
 
 class TrainedTokenizerConfig(BaseModel):
@@ -232,6 +243,18 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ModelError(f"the tokenizer {path} could not be loaded", remedy="set `tokenizer.path` to one that can")
     return tokenizer
+
+
+def add_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> None:
+    """Add tokens that a text may hold, unlike control tokens; which they are is saved with the tokenizer."""
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
+    if words:
+        tokenizer.init_kwargs[_WORDS] = [*tokenizer.init_kwargs.get(_WORDS, ()), *words]
+
+
+def words_of(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """The added tokens that are words of a text, not control tokens."""
+    return frozenset(tokenizer.init_kwargs.get(_WORDS, ()))
 
 
 def beginning_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

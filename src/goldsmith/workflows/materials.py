@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tokenizers import AddedToken
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from goldsmith.data.loader import Dataset, load_dataset, read_texts
 from goldsmith.data.rendering import Renderer
 from goldsmith.data.stream import ExampleStream
-from goldsmith.data.tokenizer import load_tokenizer, train_tokenizer
+from goldsmith.data.tokenizer import add_words, load_tokenizer, train_tokenizer
 from goldsmith.errors import ConfigError
 from goldsmith.models.adapters import (
     Adapter,
@@ -71,7 +70,7 @@ def tokenizer_of(recipe: Recipe, train_rows: RowList | None) -> PreTrainedTokeni
                 f"model.new_tokens: {token!r} is a token of the model already, number {known[token]}",
                 remedy="take it out",
             )
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in recipe.model.new_tokens])
+    add_words(tokenizer, recipe.model.new_tokens)
     return tokenizer
 
 

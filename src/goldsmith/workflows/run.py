@@ -26,7 +26,7 @@ from goldsmith.data.loader import Dataset
 from goldsmith.data.rows import SourceConfig
 from goldsmith.data.stream import ExampleStream
 from goldsmith.data.tokenizer import load_tokenizer
-from goldsmith.errors import ConfigError, MachineError
+from goldsmith.errors import ConfigError, MachineError, NumericalError
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.load import (
     load_causal_lm,
@@ -325,7 +325,9 @@ def _run(
 
     # Also in a run that goes on: until `trainer.train()` takes up its checkpoint, the weights are those that it began with.
     if distributed.agree(not (folder / BEFORE).is_file(), device):
-        score_shown(BEFORE)
+        # The first evaluation meets the same number that is not finite, and says what it means for the run.
+        with contextlib.suppress(NumericalError):
+            score_shown(BEFORE)
 
     result = trainer.train()
     score_shown(AFTER)
