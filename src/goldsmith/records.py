@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 __all__ = [
@@ -20,10 +20,17 @@ __all__ = [
 MEASURED_FIELDS = ("seconds", "tokens_per_second", "peak_memory_bytes")
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, _Record):
+        return value.to_json()
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 class _Record:
     def to_json(self) -> dict[str, Any]:
         """A mapping that `json.dumps` takes."""
-        return asdict(self)  # type: ignore[call-overload,no-any-return]
+        # `asdict` copies every value deeply: 2 ms a step of the demo, for records that hold numbers and texts.
+        return {name: _plain(value) for name, value in vars(self).items()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:

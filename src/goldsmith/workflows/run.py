@@ -73,7 +73,7 @@ RECIPE, DATA, ENVIRONMENT, MEMORY, RESULT, TOKENIZER = (
 UNCLAIMED = {".lock", f".{RECIPE}.tmp", f".{TOKENIZER}.tmp"}
 # The optimizer's update, records, evaluations and checkpoints come on top of what the calibration measures, and a machine that
 # was fast for a second may not be so for two minutes.
-CALIBRATION_MARGIN = 1.35
+CALIBRATION_MARGIN = 1.2
 
 # Resolved once, written to the run's recipe.yaml, and read from there afterwards.
 AUTOMATIC_KEYS = ("model.device", "data.max_length", "training.max_steps", "training.activation_checkpointing")
