@@ -217,7 +217,7 @@ def choose_settings(
     chosen: dict[str, Json] = {}
     trials: list[Json] = []
     for system in systems:
-        settings = settings_of(system, workload, options.tokens_per_microbatch)
+        settings = settings_of(system, workload, options.tokens_per_microbatch)[: options.settings]
         if len(settings) == 1:
             chosen[system] = settings[0]
             continue
@@ -263,6 +263,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, help="in place of the workload's own number; a multiple of its batch size")
     parser.add_argument("--trial-steps", type=int, default=2, help="steps by which the settings of a peer are compared")
+    parser.add_argument("--settings", type=int, help="try a peer's first so many settings only, where time is short")
     parser.add_argument("--tokens-per-microbatch", type=int, help="goldsmith's setting, in place of the workload's own")
     parser.add_argument("--threads", type=int, help="OpenMP threads of every system")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")

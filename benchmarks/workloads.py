@@ -109,7 +109,7 @@ WORKLOADS: dict[str, Workload] = {
         num_rows=32,
         batch_size=8,
         tokens_per_microbatch=1024,
-        rows_per_microbatch=(8, 2, 1),
+        rows_per_microbatch=(2, 8, 1),
     ),
     "legal-135m": Workload(
         shape=SMOLLM2_135M,
@@ -117,7 +117,7 @@ WORKLOADS: dict[str, Workload] = {
         num_rows=24,
         batch_size=8,
         tokens_per_microbatch=1024,
-        rows_per_microbatch=(8, 2, 1),
+        rows_per_microbatch=(2, 8, 1),
     ),
     "shared-prompt": Workload(
         shape=SMOLLM2_135M,
@@ -125,7 +125,7 @@ WORKLOADS: dict[str, Workload] = {
         num_rows=64,
         batch_size=16,
         tokens_per_microbatch=1024,
-        rows_per_microbatch=(16, 4, 1),
+        rows_per_microbatch=(4, 16, 1),
     ),
     "shared-answers": Workload(
         shape=SMOLLM2_135M,
@@ -133,7 +133,7 @@ WORKLOADS: dict[str, Workload] = {
         num_rows=128,
         batch_size=16,
         tokens_per_microbatch=1024,
-        rows_per_microbatch=(16, 4, 1),
+        rows_per_microbatch=(4, 16, 1),
     ),
     "bigvocab": Workload(
         shape=QWEN_WIDTH,
@@ -141,7 +141,7 @@ WORKLOADS: dict[str, Workload] = {
         num_rows=24,
         batch_size=8,
         tokens_per_microbatch=1024,
-        rows_per_microbatch=(8, 2, 1),
+        rows_per_microbatch=(2, 8, 1),
     ),
     "short": Workload(
         shape=DEMO,
@@ -158,7 +158,7 @@ WORKLOADS: dict[str, Workload] = {
         num_rows=32,
         batch_size=8,
         tokens_per_microbatch=1024,
-        rows_per_microbatch=(8, 2, 1),
+        rows_per_microbatch=(2, 8, 1),
         lora_rank=16,
         learning_rate=2e-4,
     ),
