@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -110,6 +110,8 @@ class PlainRenderer:
                 "the prompt is empty, and the tokenizer has neither a beginning nor an end token to stand for it; give the "
                 "row a prompt, or set rendering.separator",
             )
+        if self._config.allow_control_tokens != "none":
+            row = _without_end(row, end)
         prompt, completion = conversation.messages
         if not row.completion:
             return None
@@ -144,6 +146,9 @@ class PlainRenderer:
 
     def _begun(self, ids: list[int]) -> list[int] | None:
         """The beginning and `ids`; never empty: else the beginning token, else the end token, else None."""
+        # A prompt that is let through to spell control tokens may begin with it already.
+        if self._config.allow_control_tokens == "all" and ids and ids[: len(self._beginning)] == self._beginning:
+            return ids
         if self._beginning or ids:
             return self._beginning + ids
         for token in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
@@ -226,6 +231,18 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, config: RenderingConfig) -> list
             remedy="set eos_token in the tokenizer's tokenizer_config.json, or `rendering.append_end_token: false`",
         )
     return [int(tokenizer.eos_token_id)]
+
+
+def _without_end(row: _Row, end: list[int]) -> _Row:
+    """The row without the end token that its completion spells: it is appended to every row, once."""
+    if not end or row.completion[-len(end) :] != end:
+        return row
+    offsets = row.completion_offsets
+    return replace(
+        row,
+        completion=row.completion[: -len(end)],
+        completion_offsets=None if offsets is None else offsets[: -len(end)],
+    )
 
 
 def _weights(message: Message, ids: list[int], offsets: list[tuple[int, int]] | None) -> npt.NDArray[np.float32]:

@@ -97,6 +97,23 @@ def test_every_row_says_its_text(kind: str, prompt: str, completion: str, bounda
     assert first >= 1
 
 
+@pytest.mark.parametrize("boundary", ["separate", "joint"])
+def test_text_rendered_beforehand_has_its_beginning_and_end_once(bpe: PreTrainedTokenizerFast, boundary: str) -> None:
+    alone = one(renderer(bpe, boundary=boundary), plain("Once upon", " a time"))
+    row = plain("<s>Once upon", " a time</s>")
+    found = renderer(bpe, boundary=boundary, allow_control_tokens="all")
+    assert one(found, row).token_ids.tolist() == alone.token_ids.tolist() == [*found.render_context(row), *gold(alone)]
+    assert one(found, row).target_weights.tolist() == alone.target_weights.tolist()
+    # The end that the text spells is the end: what is said of it holds.
+    untrained = renderer(bpe, boundary=boundary, allow_control_tokens="all", train_on_end_token=False)
+    assert gold(one(untrained, row)) == gold(alone)[:-1]
+    assert untrained.render([row])[0][0].token_ids[-1] == bpe.eos_token_id
+    assert refusal(found, plain("<s>Once upon", "</s>")).reason == "no gold token"
+    # Two in the text are two, less the one that is appended.
+    doubled = one(found, plain("<s><s>Once upon", " a time</s></s>"))
+    assert doubled.token_ids.tolist() == [bpe.bos_token_id, *alone.token_ids.tolist(), bpe.eos_token_id]
+
+
 @pytest.mark.parametrize("text", ["</s>", "say </s> now", "<s>", "a <s></s><unk> b"])
 @pytest.mark.parametrize("kind", ["bpe", "byte", "character", "prepending"])
 def test_a_literal_control_token_stays_text(kind: str, text: str, prepending: PreTrainedTokenizerFast) -> None:
