@@ -118,6 +118,7 @@ class Case:
         threads: where users of trainers met it.
         own: what is to be known of goldsmith's settings in it.
         policy: what the answer owes to a choice that TRL makes otherwise, knowingly.
+        known: what TRL does with the published template that the case's is like.
         remedy: what of TRL's makes it right, or that nothing does.
         remedied: fields of the case that differ under the remedy, where it can be tried.
         measure: of a `Same`: `packing`, `accumulation` or `evaluation`.
@@ -137,6 +138,7 @@ class Case:
     threads: str = ""
     own: str = ""
     policy: str = ""
+    known: str = ""
     remedy: str = ""
     remedied: Mapping[str, Any] = field(default_factory=dict)
     measure: str = ""
@@ -300,7 +302,8 @@ CASES: Final[tuple[Case, ...]] = (
         ),
         why="Both answers are gold, and so is the token that ends each. Nearly all published templates have no such marks.",
         threads="trl #4879, Megatron-Bridge #3359",
-        remedy="a template with marks, by `chat_template_path`; TRL has such ones for families that it knows by their exact text",
+        known="Templates of families that TRL knows by their exact text it replaces by its own, with marks.",
+        remedy="a template with marks, by `chat_template_path`",
         remedied={"template": MARKED},
     ),
     Case(
@@ -435,6 +438,8 @@ CASES: Final[tuple[Case, ...]] = (
         why="A server is asked for each turn in turn: the first with its reasoning, the second after a history "
         "without it. No one text holds both, so they are two examples.",
         threads="ms-swift #4939; trl #6363, #6361; LLaMA-Factory #10773",
+        known="For Qwen3's own template, without marks, TRL puts in another, which writes the reasoning of every turn: the gold is "
+        "whole, but the second turn is trained after a history that a server does not give.",
         remedy="the turns expanded by hand to rows of `prompt` and `completion`, with `assistant_only_loss=True`",
         remedied={
             "rows": (
@@ -462,6 +467,7 @@ CASES: Final[tuple[Case, ...]] = (
         right=Refused(line=1),
         why="The model will always be asked to go on after `<think>`, and would be trained after something else.",
         threads="ms-swift #4939",
+        known="The template that TRL puts in for DeepSeek R1's own, which has no marks, does the same.",
         remedy="none for `messages`; a row of `prompt` and `completion` instead",
         remedied={"rows": ({"prompt": [_turn("user", "Hi")], "completion": [_turn("assistant", "Hello!")]},)},
     ),
@@ -484,6 +490,7 @@ CASES: Final[tuple[Case, ...]] = (
         ),
         why="A model that never learns to write that marker never stops.",
         threads="trl #5988, #3299",
+        known="For GLM-4-MoE's own template, without marks, TRL puts in another that does.",
         remedy="a template written anew, which puts the next turn's marker into the marks",
         remedied={"template": NEXT_TURN_MARKED},
     ),

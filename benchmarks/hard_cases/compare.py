@@ -179,8 +179,8 @@ def page(ours: Json, theirs: Json, versions: Mapping[str, str]) -> str:
             f"- goldsmith{_settings(case)}: **{mine.name}**. {mine.shown}{case.own and f' ({case.own})'}",
             f"- {trl}: **{other.name}**. {other.shown}",
         ]
-        if case.policy and other.name != "right":
-            lines.append(f"- {case.policy}")
+        if other.name != "right":
+            lines += [f"- {said}" for said in (case.policy, case.known) if said]
         if case.remedy and other.name != "right":
             lines.append(f"- A way with {trl}: {case.remedy}.{_remedied(case, theirs[case.name])}")
     return "\n".join(lines) + "\n"
