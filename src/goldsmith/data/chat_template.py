@@ -258,6 +258,13 @@ class ChatTemplate:
         own = self._tokenizer.chat_template
         return self._text is not None or (own is not None and not (isinstance(own, dict) and "default" not in own))
 
+    @property
+    def reads_date(self) -> bool:
+        """Whether it may write the date (`strftime_now` is the only way in which a template learns it)."""
+        own = self._text if self._text is not None else self._tokenizer.chat_template
+        texts = own.values() if isinstance(own, dict) else [own or ""]
+        return any("strftime_now" in text for text in texts)
+
     def render(self, jobs: Sequence[Job]) -> list[list[str | Failure]]:
         """The texts, as `apply_chat_template(..., tokenize=False)` gives them.
 

@@ -83,6 +83,11 @@ class Renderer:
         return self._template.has_template
 
     @property
+    def reads_date(self) -> bool:
+        """Whether chats may hold the day on which they are rendered; `rendering.date` fixes it."""
+        return self._template.reads_date
+
+    @property
     def end_token_ids(self) -> list[int]:
         """What a server has to stop at, ascending: the end token, and what the template ends an assistant's turn with."""
         ends: set[int] = set()

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from goldsmith.data.control_tokens import add_control_tokens
 from goldsmith.data.loader import Dataset, load_dataset, read_texts
 from goldsmith.data.rendering import Renderer
 from goldsmith.data.stream import ExampleStream
@@ -51,27 +52,38 @@ RowList = Sequence[Mapping[str, object]]
 
 
 def tokenizer_of(recipe: Recipe, train_rows: RowList | None) -> PreTrainedTokenizerBase:
-    """Learnt from the training rows, or loaded: the recipe's own, else the model's."""
+    """Learnt from the training rows, or loaded: the recipe's own, else the model's; with the recipe's chat template, if any.
+
+    A template of the recipe and the control tokens that it writes become the tokenizer's own, and are saved with it.
+    """
     if recipe.tokenizer.train is not None:
         contexts, golds = read_texts(
             recipe.data.train if train_rows is None else train_rows, config=recipe.data, base_folder=Path.cwd()
         )
-        return train_tokenizer(recipe.tokenizer.train, [*contexts, recipe.rendering.separator], gold_texts=golds)
-    if recipe.tokenizer.path is not None:
-        tokenizer = load_tokenizer(recipe.tokenizer.path)
+        tokenizer: PreTrainedTokenizerBase = train_tokenizer(
+            recipe.tokenizer.train, [*contexts, recipe.rendering.separator], gold_texts=golds
+        )
     else:
-        assert recipe.model.path is not None
-        folder, revision = tokenizer_folder(recipe.model.path, revision=recipe.model.revision)
-        tokenizer = load_tokenizer(folder, revision=revision)
-    known = tokenizer.get_vocab()
-    for token in recipe.model.new_tokens:
-        if token in known:
-            raise ConfigError(
-                f"model.new_tokens: {token!r} is a token of the model already, number {known[token]}",
-                remedy="take it out",
-            )
-    add_words(tokenizer, recipe.model.new_tokens)
+        tokenizer = _published_tokenizer(recipe)
+        known = tokenizer.get_vocab()
+        for token in recipe.model.new_tokens:
+            if token in known:
+                raise ConfigError(
+                    f"model.new_tokens: {token!r} is a token of the model already, number {known[token]}",
+                    remedy="take it out",
+                )
+        add_words(tokenizer, recipe.model.new_tokens)
+    add_control_tokens(tokenizer, recipe.rendering)
     return tokenizer
+
+
+def _published_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """As it was published: without what the recipe adds."""
+    if recipe.tokenizer.path is not None:
+        return load_tokenizer(recipe.tokenizer.path)
+    assert recipe.model.path is not None
+    folder, revision = tokenizer_folder(recipe.model.path, revision=recipe.model.revision)
+    return load_tokenizer(folder, revision=revision)
 
 
 def own_limit_of(recipe: Recipe) -> int | None:
@@ -190,12 +202,17 @@ def choose_trained(
 
 
 def _ids_of_new_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Of the tokens that the recipe adds to a published tokenizer: those named, and those of its chat template."""
     vocabulary = tokenizer.get_vocab()
-    return [vocabulary[token] for token in recipe.model.new_tokens]
+    if recipe.rendering.chat_template is None or recipe.tokenizer.train is not None:
+        return [vocabulary[token] for token in recipe.model.new_tokens]
+    # The tokenizer at hand has them already, perhaps out of the run folder; what is new only the published one can say.
+    published = _published_tokenizer(recipe).get_vocab()
+    return sorted(index for token, index in vocabulary.items() if token not in published)
 
 
 def _new_token_ids(recipe: Recipe, causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that the published model does not know: those named, and those beyond its own vocabulary."""
+    """Tokens that the published model does not know: those that the recipe adds, and those beyond its own vocabulary."""
     if recipe.model.path is None:
         return []
     own = (

@@ -112,6 +112,9 @@ def open_model(
         causal_lm = load_causal_lm(folder, revision=revision, dtype=dtype, device=device)
         tokenizer_path, tokenizer_revision = tokenizer_folder(folder, revision=revision)
         tokenizer = load_tokenizer(tokenizer_path, revision=tokenizer_revision)
+    if rendering.chat_template is not None and tokenizer.chat_template is not None:
+        # The run gave its tokenizer the template that it trained with; the file may be gone, or another by now.
+        rendering = rendering.model_copy(update={"chat_template": None, "control_tokens": ()})
     silence_randomness(causal_lm)
     proof = prove(causal_lm.config, name=path)
     limit = max_length or getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)

@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,13 @@ UNCLAIMED = {".lock", f".{RECIPE}.tmp", f".{TOKENIZER}.tmp"}
 CALIBRATION_MARGIN = 1.2
 
 # Resolved once, written to the run's recipe.yaml, and read from there afterwards.
-AUTOMATIC_KEYS = ("model.device", "data.max_length", "training.max_steps", "training.activation_checkpointing")
+AUTOMATIC_KEYS = (
+    "model.device",
+    "data.max_length",
+    "training.max_steps",
+    "training.activation_checkpointing",
+    "rendering.date",
+)
 REVISION_KEY = re.compile(r"data\.(train|eval)\.\d+\.revision")
 # What a resumed run may change: it is only shown, kept or cut.
 CHANGEABLE_KEYS = (
@@ -238,6 +245,11 @@ def _run(
     tokenizer = _shared_tokenizer(resolved, folder, train_rows)
     max_length = resolved.data.max_length or own_limit
     renderer = renderer_of(resolved, tokenizer, max_length)
+    if stored is None and resolved.rendering.date is None and renderer.reads_date:
+        # Once, so that the run reads alike on another day; where no template writes the date it stays null.
+        resolved = _with_values(resolved, {"rendering.date": _today(device)})
+        renderer = renderer_of(resolved, tokenizer, max_length)
+        say(f"the chat template writes the date: rendering.date is {resolved.rendering.date}")
     stream = stream_of(resolved, renderer) if resolved.data.is_streamed and train_rows is None else None
     if stream is None:
         train_data = dataset_of(resolved, renderer, "train", train_rows)
@@ -469,6 +481,13 @@ def _with_revisions(recipe: Recipe, stored: Recipe | None) -> Recipe:
             sources.append(source)
         splits[split] = sources
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=splits)})
+
+
+def _today(device: torch.device) -> str:
+    """The main process's day, on every rank: at midnight they might differ."""
+    own = date.today().toordinal() if distributed.is_main() else 0
+    day = distributed.sum_tensor(torch.tensor(own, device=device))
+    return date.fromordinal(int(day)).isoformat()
 
 
 def _with_values(recipe: Recipe, values: Mapping[str, object]) -> Recipe:
