@@ -12,6 +12,7 @@ import json
 import signal
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any
@@ -30,6 +31,10 @@ __all__ = ["environment", "main"]
 _LONGEST_TEXT = 64_000_000
 _SECONDS_BETWEEN_ANSWERS = 0.05
 _KEPT_TEMPLATES = 64
+_KEPT_VERDICTS = 4096
+_DICT_ATTRIBUTES = frozenset(dir(dict))
+# `format` and `format_map` are a way out of the sandbox, which wraps them.
+_STR_METHODS = frozenset(name for name in dir(str) if not name.startswith("_")) - {"format", "format_map"}
 
 
 class _Overtime(BaseException):
@@ -92,11 +97,50 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """The immutable sandbox, faster: its verdicts are jinja2's own, but each is asked for once.
+
+    They depend on the type of an object and on the name alone, and templates ask millions of times for few of them.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._verdicts: dict[tuple[type, str], bool] = {}
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        key = (type(obj), attr)
+        verdict = self._verdicts.get(key)
+        if verdict is None:
+            if len(self._verdicts) >= _KEPT_VERDICTS:  # a template may make up names
+                self._verdicts.clear()
+            verdict = self._verdicts[key] = super().is_safe_attribute(obj, attr, value)
+        return verdict
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        # What a message holds: jinja2 gets there by way of an exception.
+        if type(obj) is dict and attribute not in _DICT_ATTRIBUTES:
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        if type(obj) is str and attribute in _STR_METHODS:
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
+
+    def call(__self, __context: jinja2.runtime.Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        # These carry no mark by which jinja2 would forbid them; of them a macro alone is handed something of the context.
+        kind = type(__obj)
+        if kind is jinja2.runtime.Macro:
+            args = (__context.eval_ctx, *args)
+        elif __obj is not _Namespace and not (
+            kind is types.BuiltinMethodType and type(__obj.__self__) is str and __obj.__name__ in _STR_METHODS
+        ):
+            return super().call(__context, __obj, *args, **kwargs)
+        kwargs.pop("_block_vars", None)
+        kwargs.pop("_loop_vars", None)
+        return __obj(*args, **kwargs)
+
+
 def environment(now: datetime) -> jinja2.Environment:
     """The sandbox that templates are compiled in; for them it is always `now`."""
-    made = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
+    made = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
     made.filters["tojson"] = _tojson
     made.globals["raise_exception"] = _raise_exception
     made.globals["strftime_now"] = now.strftime
@@ -149,7 +193,10 @@ def _compiled(kept: dict[tuple[str, str], Any], text: str, now: str, seconds: fl
             kept.clear()
         try:
             with _alarm(seconds):
-                kept[key] = environment(datetime.fromisoformat(now)).from_string(text)
+                made = environment(datetime.fromisoformat(now)).from_string(text)
+            # One plain dictionary: every text copies it.
+            made.globals = dict(made.globals)
+            kept[key] = made
         except _Overtime:
             kept[key] = ["time", f"to read it took longer than {seconds:g} s"]
         except jinja2.TemplateSyntaxError as error:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from datetime import datetime
+from typing import Any
 
+import jinja2.sandbox
 import pytest
 from chat_families import FAMILIES, as_given, conversations, family_tokenizer
 from data_examples import CHATML, chat, learnt
 from transformers import PreTrainedTokenizerFast
 
+from goldsmith.data import template_worker
 from goldsmith.data.chat_plan import given
 from goldsmith.data.chat_template import ChatTemplate, Failure, Job, TemplateProcess
 from goldsmith.data.rendering import Renderer, RenderingConfig
@@ -105,6 +109,55 @@ def test_of_a_batch_only_the_offender_is_refused(worst: str, process: TemplatePr
     results = process.render(template, jobs, variables={}, now=datetime.now())
     assert [found for [found] in results if isinstance(found, str)] == ["a", "b", "c", "d"]
     assert isinstance(results[2][0], Failure)
+
+
+ASKED_OF_THE_SANDBOX = (
+    "{{ m.role }} {{ m['role'] }} {{ m.nothing }} {{ m.nothing is defined }} {{ m.keys is defined }} {{ m.get('role') }}",
+    "{{ m.items }}",  # a method, although the message holds such a key
+    "{% for key, value in m.items() %}{{ key }}={{ value }};{% endfor %}",
+    "{{ m.content.upper() }} {{ m.content.split('l')[-1].strip('o') }} {{ m.content.startswith('He') }}",
+    "{{ m.content.format(1) }}",
+    "{{ '{0.__class__}'.format(m) }}",
+    "{{ '{a[role]}'.format_map({'a': m}) }}",
+    "{{ ('{0.__class__}'.format)(m) }}",
+    "{{ m.content.__class__ }}",
+    "{{ m.content.__class__.__mro__ }}",
+    "{{ m.content['upper']() }} {{ m.content['__class__'] }}",
+    "{{ m.__class__ }} {{ m.__len__ }}",
+    "{{ m.update({'role': 'x'}) }}",
+    "{{ m.pop('role') }}",
+    "{{ messages.append(m) }}",
+    "{{ messages.index(m) }} {{ messages.__class__ }}",
+    "{% set ns = namespace(a=1, b=m) %}{% set ns.a = 2 %}{{ ns.a }} {{ ns.b.role }} {{ ns.c }} {{ ns.__class__ }} {{ ns._x }}",
+    "{% set ns = namespace(_a=1) %}",
+    "{% macro say(x, y='!') %}{{ x }}{{ y }}{{ caller is defined }}{% endmacro %}{{ say(m.role) }}{{ say('a', y='b') }}",
+    "{% macro say() %}{{ caller() }}{% endmacro %}{% call say() %}inner{% endcall %}{{ say.name }}{{ say.__call__ }}",
+    "{% for x in 'ab' %}{{ loop.index0 }}{{ loop.first }}{{ loop.cycle('p', 'q') }}{{ loop.__init__ }}{% endfor %}",
+    "{{ m.content.upper(1) }}",
+    "{{ m.content.join(['a', 'b']) }} {{ m.content.encode() }} {{ m.content | attr('upper') }}",
+    "{{ say.unknown }}",
+    "{{ range(3) | list }} {{ dict(a=1) }} {{ dict.fromkeys('ab') }} {{ dict.__class__ }}",
+)
+
+
+@pytest.mark.parametrize("text", ASKED_OF_THE_SANDBOX)
+def test_the_faster_sandbox_answers_as_jinja2s_own(text: str) -> None:
+    def answer(made: Any) -> str:
+        messages = [{"role": "user", "content": "Hello", "items": "[]"}]
+        answers = []
+        for _ in range(2):  # the second time from memory
+            try:
+                answers.append(made.from_string(text).render(messages=messages, m=messages[0]))
+            except Exception as error:
+                answers.append(f"{type(error).__name__}: {error}")
+        assert answers[0] == answers[1]
+        assert messages == [{"role": "user", "content": "Hello", "items": "[]"}]
+        return re.sub("0x[0-9a-f]+", "0x", answers[0])
+
+    faster = template_worker.environment(datetime(2026, 1, 31))
+    own = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    own.globals |= {name: faster.globals[name] for name in ("raise_exception", "strftime_now", "dict", "namespace")}
+    assert answer(faster) == answer(own)
 
 
 def test_a_template_that_never_ends_does_not_do_so_for_every_row() -> None:
