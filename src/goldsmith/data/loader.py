@@ -50,8 +50,15 @@ class RowWatcher(Protocol):
         repeat: float,
         losses: Losses,
         straddles: bool,
+        spells_control: bool = False,
+        mismatches: bool = False,
     ) -> None:
-        """A row that is trained on. `losses`: what `max_length` cost it. `straddles`: see `Renderer.num_straddles`."""
+        """A row that is trained on.
+
+        Args:
+            losses: what `max_length` cost it.
+            straddles, spells_control, mismatches: whether it is in `straddling`, `control_texts`, `mismatching` of the `Renderer`.
+        """
 
     def dropped(self, row: Conversation | TokenizedExample) -> None:
         """A row that `on_too_long: drop` leaves out."""
@@ -483,7 +490,11 @@ class _Loading:
             One result a row, an empty list where it is dropped.
         """
         results = render_rows(self._renderer, rows)
-        straddling = set(self._renderer.straddling) if rows and isinstance(rows[0], Conversation) else set()
+        noted: list[set[str]] = [set(), set(), set()]
+        if rows and isinstance(rows[0], Conversation):
+            renderer = self._renderer
+            noted = [set(names) for names in (renderer.straddling, renderer.control_texts, renderer.mismatching)]
+        straddling = noted[0]
         self.num_straddles += len(straddling)
         name = source_name(source)
         for index, row in enumerate(rows):
@@ -498,7 +509,8 @@ class _Loading:
             if isinstance(examples, Rejection):
                 continue
             if self._watcher is not None:
-                self._show_row(self._watcher, row, examples, source, fitted.losses, row.source in straddling)
+                notes = [row.source in names for names in noted]
+                self._show_row(self._watcher, row, examples, source, fitted.losses, notes)
                 continue
             for example in examples:
                 self._builder.add(example, group=self._num_rows, repeat=source.repeat, source_name=name)
@@ -512,10 +524,19 @@ class _Loading:
         examples: list[TokenizedExample],
         source: SourceConfig,
         losses: Losses,
-        straddles: bool,
+        notes: Sequence[bool],
     ) -> None:
         if examples:
-            watcher.used(row, examples, repeat=source.repeat, losses=losses, straddles=straddles)
+            straddles, spells_control, mismatches = notes
+            watcher.used(
+                row,
+                examples,
+                repeat=source.repeat,
+                losses=losses,
+                straddles=straddles,
+                spells_control=spells_control,
+                mismatches=mismatches,
+            )
         else:
             watcher.dropped(row)
 

@@ -33,6 +33,8 @@ class Renderer:
         tokenizer, config, max_length: as given.
         chat_template: the text of the template that renders chats, or None for the tokenizer's own.
         straddling: the sources of the rows that straddled (see `num_straddles`) in the last call of `render`.
+        control_texts: likewise of those in which words spell a control token (see `num_control_texts`).
+        mismatching: likewise of chats that are trained on although a server is given another text.
     """
 
     def __init__(
@@ -58,6 +60,8 @@ class Renderer:
         self.max_length = max_length
         self.keeps_long_rows = keeps_long_rows
         self.straddling: list[str] = []
+        self.control_texts: list[str] = []
+        self.mismatching: list[str] = []
         self.chat_template = template_text(config)
         controls = ControlTokens(tokenizer)
         encoder = Encoder(tokenizer, controls)
@@ -106,7 +110,7 @@ class Renderer:
         Raises:
             ConfigError: a chat, but no template; or an end token is to be appended and the tokenizer has none.
         """
-        self.straddling = []
+        self.straddling, self.control_texts, self.mismatching = [], [], []
         plain = [index for index, conversation in enumerate(conversations) if not conversation.is_chat]
         chat = [index for index, conversation in enumerate(conversations) if conversation.is_chat]
         drafts: dict[int, list[Draft] | Rejection] = {}
@@ -116,6 +120,8 @@ class Renderer:
         if chat:
             drafts.update(zip(chat, self._chat.render([conversations[index] for index in chat]), strict=True))
             self.straddling += self._chat.straddling
+            self.control_texts += self._chat.control_texts
+            self.mismatching += self._chat.mismatching
         return [self._examples(conversation, drafts[index]) for index, conversation in enumerate(conversations)]
 
     def render_context(self, conversation: Conversation) -> list[int]:

@@ -99,8 +99,13 @@ KINDS: dict[str, Kind] = {
     ),
     "control-token-in-content": Kind(
         level="warning",
-        meaning="the text spells a control token of the tokenizer",
+        meaning="the text, a tool call or a tool's definition spells a control token of the tokenizer",
         remedy="remove it where it is a remnant of another template",
+    ),
+    "serving-mismatch-trained": Kind(
+        level="warning",
+        meaning="trained on, although a server is given another text before the turn (rendering.serving_mismatch: train)",
+        remedy="use a template whose generation prompt is how an assistant's turn begins",
     ),
     "unknown-token": Kind(
         level="warning",
@@ -223,6 +228,8 @@ class RowChecks:
         losses: Losses,
         *,
         straddles: bool,
+        spells_control: bool = False,
+        mismatches: bool = False,
     ) -> int:
         """What is the matter with the row; of one that came tokenised, what its tokens say."""
         names = [
@@ -230,6 +237,8 @@ class RowChecks:
             *(self._of_texts(row) if isinstance(row, Conversation) else ()),
             *(["cut"] if losses.rows_cut or losses.rows_split else []),
             *(["straddle"] if straddles else []),
+            *(["control-token-in-content"] if spells_control else []),
+            *(["serving-mismatch-trained"] if mismatches else []),
         ]
         bits = 0
         for name in names:

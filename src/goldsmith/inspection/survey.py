@@ -152,6 +152,8 @@ class Survey:
         repeat: float,
         losses: Losses,
         straddles: bool,
+        spells_control: bool = False,
+        mismatches: bool = False,
     ) -> None:
         """A row that is trained on."""
         file, line = self._place(row.source)
@@ -160,7 +162,9 @@ class Survey:
             input=given,
             whole=whole,
             tokens=sum(example.num_tokens for example in examples),
-            findings=self._checks.bits(row, examples, losses, straddles=straddles),
+            findings=self._checks.bits(
+                row, examples, losses, straddles=straddles, spells_control=spells_control, mismatches=mismatches
+            ),
             line=line,
             file=file,
         )

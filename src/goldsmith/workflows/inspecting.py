@@ -144,9 +144,19 @@ class _Counted:
         repeat: float,
         losses: Losses,
         straddles: bool,
+        spells_control: bool = False,
+        mismatches: bool = False,
     ) -> None:
         self._count()
-        self._survey.used(row, examples, repeat=repeat, losses=losses, straddles=straddles)
+        self._survey.used(
+            row,
+            examples,
+            repeat=repeat,
+            losses=losses,
+            straddles=straddles,
+            spells_control=spells_control,
+            mismatches=mismatches,
+        )
 
     def dropped(self, row: Conversation | TokenizedExample) -> None:
         self._count()

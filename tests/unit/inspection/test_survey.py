@@ -104,6 +104,9 @@ PLANTED: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "duplicate": ([CLEAN[7]], {}),
     "cut": ([plain(LONG, LONG)], {"max_length": 60, "on_too_long": "right"}),
     "control-token-in-content": ([plain("a river<|im_end|>", "a stone")], {}),
+    "serving-mismatch-trained": (
+        [chat("river", "stone")], {"template": OPENS_REASONING, "rendering": {"serving_mismatch": "train"}},
+    ),
     "unknown-token": ([plain("a river", "щ stone")], {"tokenizer": CHARACTERS}),
     "damaged-text": ([plain("the cafÃ©", "a stone")], {}),
     "hidden-characters": ([plain("a river\u202e", "a stone")], {}),
@@ -132,6 +135,21 @@ def test_a_planted_row_is_found(tmp_path: Path, kind: str) -> None:
     assert (finding.count, finding.level, finding.split) == (1, KINDS[kind].level, "train")
     expected = "chats.jsonl:1" if "messages" in planted[0] else "train.jsonl:41"
     assert [place.source for place in finding.places] == [expected]
+
+
+def test_a_control_token_anywhere_in_a_chat_is_found(tmp_path: Path) -> None:
+    template = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{{ m.reasoning_content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    thought = chat("river", "stone")
+    thought["messages"][1]["reasoning"] = "so <|im_end|> is it"
+    tools = [{"type": "function", "function": {"name": "look", "description": "after <|im_start|>"}}]
+    rows = [chat("a", "lamp"), thought, chat("b", "lamp", name=None), {**chat("walk", "table"), "tools": tools}]
+    for row in rows[0], rows[2]:
+        row["tools"] = []
+    finding = found(survey(tmp_path, [*CLEAN, *rows], template=template))["control-token-in-content"]
+    assert [place.source for place in finding.places] == ["chats.jsonl:2", "chats.jsonl:4"]
 
 
 @pytest.mark.parametrize("tokenizer", [PIECES, CHARACTERS])
