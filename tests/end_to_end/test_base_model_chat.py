@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import goldsmith
 from goldsmith import storage
-from goldsmith.errors import MachineError
+from goldsmith.errors import ConfigError, MachineError
 from goldsmith.recipe import Recipe, load_recipe
 from goldsmith.workflows.run import RunResult
 
@@ -125,6 +125,13 @@ def test_control_tokens_are_added_trained_and_saved(
         load_file(resumed.model_dir / "model.safetensors").keys()
         == load_file(result.model_dir / "model.safetensors").keys()
     )
+
+
+def test_a_control_token_is_no_word(settings: dict[str, Any]) -> None:
+    settings["model"]["new_tokens"] = ["<|im_end|>"]
+    with pytest.raises(ConfigError, match=r"new_tokens: '<\|im_end\|>' is a control token"):
+        train(settings)
+    assert not Path("runs/it").exists()
 
 
 def test_a_template_of_a_file_that_is_gone_renders_a_finished_run(settings: dict[str, Any], here: Path) -> None:

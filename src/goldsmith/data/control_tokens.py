@@ -190,7 +190,7 @@ def add_control_tokens(tokenizer: PreTrainedTokenizerBase, config: RenderingConf
         The tokens that the vocabulary did not have, in the order of their new ids: the rows that a model's embedding lacks.
 
     Raises:
-        ConfigError: the template cannot be read, or one of `control_tokens` is not to be had.
+        ConfigError: the template cannot be read, or one of its control tokens is not to be had, or a word of texts.
     """
     text = template_text(config)
     if text is None:
@@ -198,6 +198,12 @@ def add_control_tokens(tokenizer: PreTrainedTokenizerBase, config: RenderingConf
     known = tokenizer.get_vocab()
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     wanted = list(dict.fromkeys([*template_control_tokens(text), *config.control_tokens]))
+    for token in wanted:
+        if token in words_of(tokenizer):
+            raise ConfigError(
+                f"model.new_tokens: {token!r} is a control token of the chat template, and no word of a text",
+                remedy="take it out of model.new_tokens; what the template needs is added by itself",
+            )
     missing = [token for token in wanted if token not in added]
     # One that is in the vocabulary without being a token of its own keeps its id.
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing], special_tokens=True)
