@@ -136,7 +136,7 @@ def test_only_what_is_trained_gets_a_gradient(trained, monkeypatch):
             assert torch.allclose(parameter.grad, expected.grad, rtol=0, atol=1e-10), name
 
 
-def test_a_layer_with_a_part_of_another_class_keeps_its_own_forward():
+def test_where_one_layer_has_a_part_of_another_class_all_keep_their_own_forward():
     class Adapted(torch.nn.Linear):
         pass
 
@@ -144,6 +144,7 @@ def test_a_layer_with_a_part_of_another_class_keeps_its_own_forward():
     layer = model.model.layers[1]
     layer.mlp.up_proj.__class__ = Adapted
     assert LikelihoodModel(model).num_layers_by_hand == 0
+    assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
 
 
 def test_outside_of_a_pack_the_model_is_its_own():

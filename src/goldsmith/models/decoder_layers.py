@@ -96,10 +96,14 @@ def install_decoder_layers(causal_lm: PreTrainedModel) -> int:
     """Replace the forward of every layer that can be computed by hand, and of the final norm; returns how many layers."""
     decoder = causal_lm.get_decoder()
     layers = [module for module in decoder.modules() if type(module) in LAYERS]
+    # All are decided before any is changed: a model that is computed by hand in part would count as one that is not.
+    plans = []
     for number, layer in enumerate(layers):
         settings = _settings(layer, is_last=number == len(layers) - 1)
         if settings is None:
             return 0
+        plans.append((layer, settings))
+    for layer, settings in plans:
         layer.forward = partial(_forward, layer, settings)
     final_norm = getattr(decoder, "norm", None)
     if layers and type(final_norm) is LAYERS[type(layers[0])]:
