@@ -14,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 
 import goldsmith
@@ -65,6 +66,20 @@ def evaluations(folder: Path) -> list[dict[str, Any]]:
 
 
 # --- the run folder and the result
+
+
+@pytest.mark.parametrize("adapter", [None, {"rank": 2, "alpha": 4.0}], ids=["full", "lora"])
+def test_quiet_is_quiet(
+    settings: dict[str, Any],
+    adapter: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    # As outside of tests: `conftest.py` keeps all progress bars off.
+    monkeypatch.setattr(transformers_logging, "_tqdm_active", True)
+    train({**settings, "adapter": adapter} if adapter else settings)
+    assert capfd.readouterr() == ("", "")
+    assert transformers_logging._tqdm_active
 
 
 def test_the_command_writes_a_run(settings: dict[str, Any], here: Path) -> None:

@@ -16,6 +16,7 @@ from goldsmith.data.packing import pack
 from goldsmith.errors import ModelError
 from goldsmith.models.adapters import Adapter
 from goldsmith.models.likelihood import LikelihoodModel
+from goldsmith.models.load import quiet_transformers
 from goldsmith.storage import fail_point, replace_folder
 
 __all__ = ["Parity", "check_merged", "check_parity", "save_adapter", "save_model"]
@@ -73,7 +74,8 @@ def save_model(
             known_ids = [] if known is None else known if isinstance(known, list) else [known]
             ids = list(dict.fromkeys([*known_ids, *end_token_ids]))
             model.generation_config.eos_token_id = ids[0] if len(ids) == 1 else ids or None
-        model.save_pretrained(temporary, state_dict=weights)
+        with quiet_transformers(progress_bar=False):
+            model.save_pretrained(temporary, state_dict=weights)
         # It wrote the dtype of the parameters; who loads the folder goes by the configuration, so it says the files'.
         model.config.dtype = dtype
         model.config.save_pretrained(temporary)
@@ -158,7 +160,9 @@ def check_parity(folder: Path, trained: LikelihoodModel, data: Dataset, *, examp
         ModelError: they differ by more than 1e-5.
     """
     auto_model: Any = AutoModelForCausalLM
-    loaded = auto_model.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).to(trained.device).eval()
+    with quiet_transformers(progress_bar=False):
+        loaded = auto_model.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    loaded = loaded.to(trained.device).eval()
     chosen = list(range(min(examples, len(data))))
     batch = pack(data, chosen).to(trained.device)
     own = []
