@@ -14,8 +14,8 @@ from goldsmith import workflows
 from goldsmith.cli import app
 from goldsmith.errors import NumericalError
 from goldsmith.inspection.verify import _gradient_difference
-from goldsmith.models import attention_cpu, likelihood, step
-from goldsmith.models.layout import PackLayout
+from goldsmith.models import attention_cpu, checkpointing, likelihood, step
+from goldsmith.models.layout import PackLayout, current_layout, pack_layout
 from goldsmith.objective import normalization
 from goldsmith.recipe import load_recipe
 
@@ -55,6 +55,7 @@ def test_it_holds(tmp_path, model, normalization):
     assert report.cuts[0].microbatches == 2
     assert report.cuts[1].microbatches == 1
     shared = [cut for cut in report.cuts if cut.computed_tokens < report.tokens]
+    assert report.cuts[-1].name == "one pack, layers computed again"
     assert bool(shared) == (model in ("llama", "gpt2", "mixtral"))
     assert not (tmp_path / "runs").exists()
 
@@ -154,6 +155,24 @@ def shared_gradient_dropped(monkeypatch):
     monkeypatch.setattr(attention_cpu, "_flash_backward", faulty)
 
 
+def layers_computed_again_otherwise(monkeypatch):
+    """As where a random number is drawn anew."""
+
+    def forward(own, hidden, *arguments, **keywords):
+        layout = current_layout()
+
+        def compute(hidden, *arguments, **keywords):
+            is_again = torch._C._current_graph_task_id() != -1
+            with pack_layout(layout):
+                return own(hidden * (1.01 if is_again else 1.0), *arguments, **keywords)
+
+        if not torch.is_grad_enabled():
+            return own(hidden, *arguments, **keywords)
+        return checkpointing.checkpoint(compute, hidden * 1.0, *arguments, use_reentrant=False, **keywords)
+
+    monkeypatch.setattr(checkpointing, "_forward", forward)
+
+
 # A model of learnt positions: rotary ones are relative, and do not care where a row begins.
 @pytest.mark.parametrize(
     ("plant", "model"),
@@ -167,6 +186,7 @@ def shared_gradient_dropped(monkeypatch):
         (a_gradient_not_a_number, "llama"),
         (shifted_twice, "llama"),
         (shared_gradient_dropped, "llama"),
+        (layers_computed_again_otherwise, "llama"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )

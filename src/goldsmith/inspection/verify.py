@@ -13,6 +13,7 @@ from goldsmith.data.loader import Dataset
 from goldsmith.data.packing import plan_microbatches
 from goldsmith.errors import DataError, ModelError, NumericalError
 from goldsmith.inspection.plain import PlainStep, plain_step
+from goldsmith.models.checkpointing import checkpoint_layers, decoder_layers, keep_activations
 from goldsmith.models.evaluate import iterate_log_probs
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.step import forward_backward
@@ -140,7 +141,7 @@ def verify(
     """Run the first rows through the plain path and through several cuts of the fast path; nothing is updated.
 
     The cuts: two micro-batches of several rows each (which shows a mean of means), one pack of all rows, and, where the
-    model may, one pack that carries shared contexts once.
+    model may, one pack that carries shared contexts once and one whose layers are computed again in the backward pass.
 
     Args:
         model: float64 or float32, on its device.
@@ -174,9 +175,21 @@ def verify(
     half = -(-total // 2)
     while len(plan_microbatches(lengths, half)) > 2:
         half += -(-half // 20)
-    cuts = [("two micro-batches", half, False), ("one pack", total, False)]
-    if can_share_contexts and model.shares_contexts(int(lengths.max())):
-        cuts.append(("one pack, shared contexts once", total, True))
+    shares = can_share_contexts and model.shares_contexts(int(lengths.max()))
+    cuts = [_cut(model, data, indices, objective, plain, tolerance, "two micro-batches", half)]
+    cuts.append(_cut(model, data, indices, objective, plain, tolerance, "one pack", total))
+    if shares:
+        name_of_cut = "one pack, shared contexts once"
+        cuts.append(_cut(model, data, indices, objective, plain, tolerance, name_of_cut, total, shares_contexts=True))
+    if decoder_layers(model.causal_lm):
+        name_of_cut = "one pack, layers computed again"
+        checkpoint_layers(model.causal_lm)
+        try:
+            # With all that the model may do at once, as training with a small memory would run it.
+            cut = _cut(model, data, indices, objective, plain, tolerance, name_of_cut, total, shares_contexts=shares)
+        finally:
+            keep_activations(model.causal_lm)
+        cuts.append(cut)
     return VerifyReport(
         model=name,
         dtype=str(dtype).removeprefix("torch."),
@@ -186,7 +199,7 @@ def verify(
         layers_by_hand=model.num_layers_by_hand,
         plain_loss=plain.loss,
         tolerance=tolerance,
-        cuts=tuple(_cut(model, data, indices, objective, plain, tolerance, *cut) for cut in cuts),
+        cuts=tuple(cuts),
     )
 
 
@@ -199,7 +212,8 @@ def _cut(
     tolerance: Tolerance,
     name: str,
     budget: int,
-    shares_contexts: bool,
+    *,
+    shares_contexts: bool = False,
 ) -> Cut:
     sums = forward_backward(
         model,
