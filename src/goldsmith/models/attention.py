@@ -76,6 +76,12 @@ def packed_attention(
     if softcap is None and dropout == 0.0 and query.shape[-1] == value.shape[-1]:
         kernel: Callable[..., torch.Tensor] | None = None
         if _is_cpu(query):
+            if torch.is_autocast_enabled("cpu") and query.dtype != torch.float64:
+                # Some of the three come in half precision and some do not; the kernels want one type.
+                with torch.autocast("cpu", enabled=False):
+                    query, key, value = query.float(), key.float(), value.float()
+                    kernel = PackedFlashCPU.apply
+                    return kernel(query, key, value, layout, scale, sliding_window), None
             kernel = PackedFlashCPU.apply
         elif query.device.type == "cuda":
             query, key, value = in_product_dtype(query, key, value)

@@ -11,6 +11,7 @@ from goldsmith.models.attention import PACKED_ATTENTION
 from goldsmith.models.attention_cuda import width_fits_varlen
 from goldsmith.models.decoder_layers import install_decoder_layers
 from goldsmith.models.layout import PackLayout, pack_layout
+from goldsmith.models.load import resolve_dtype
 from goldsmith.models.lora import install_lora_layers
 from goldsmith.objective.cross_entropy import ObjectiveSums, OutputHead
 from goldsmith.objective.linear_cross_entropy import linear_cross_entropy
@@ -18,6 +19,8 @@ from goldsmith.objective.token_statistics import TokenStatistics, token_statisti
 from goldsmith.types import PackedBatch
 
 __all__ = ["LikelihoodModel"]
+
+_HALF = (torch.bfloat16, torch.float16)
 
 
 class LikelihoodModel(nn.Module):
@@ -30,10 +33,17 @@ class LikelihoodModel(nn.Module):
         causal_lm: a `transformers` causal LM of the attention kind; its attention is set to packed.
         chunk_size: gold tokens a chunk of logits; None chooses 64 MiB of them.
         label_smoothing: of the loss; the log-probabilities are never smoothed.
+        compute_dtype: what matrix products are taken in (see `models.load.resolve_dtype`); None: what `auto` gives on the
+            model's device. A half precision is by autocast; weights stay as they are.
     """
 
     def __init__(
-        self, causal_lm: PreTrainedModel, *, chunk_size: int | None = None, label_smoothing: float = 0.0
+        self,
+        causal_lm: PreTrainedModel,
+        *,
+        chunk_size: int | None = None,
+        label_smoothing: float = 0.0,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if causal_lm.get_output_embeddings() is None:
@@ -41,6 +51,7 @@ class LikelihoodModel(nn.Module):
         self.causal_lm = causal_lm
         self.chunk_size = chunk_size
         self.label_smoothing = label_smoothing
+        self._compute_dtype = compute_dtype
         self.use_packed_attention()
         install_lora_layers(causal_lm)
         # Layers computed by hand leave out, in the last of them, all positions but the gold.
@@ -53,6 +64,14 @@ class LikelihoodModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.causal_lm.parameters()).device
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The half precision that products are taken in by autocast; None where they are in the parameters' own type."""
+        if self.causal_lm.dtype == torch.float64:
+            return None
+        dtype = self._compute_dtype or resolve_dtype("auto", self.device)
+        return dtype if dtype in _HALF else None
 
     def head(self) -> OutputHead:
         """The output projection as the model's configuration has it; the proof compares it with the model's own logits."""
@@ -81,7 +100,7 @@ class LikelihoodModel(nn.Module):
             return False
         if self.device.type == "cuda":
             width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            return width_fits_varlen(width) and self.causal_lm.dtype != torch.float64
+            return width_fits_varlen(width) and (self.autocast_dtype or self.causal_lm.dtype) in _HALF
         return self.device.type == "cpu"
 
     def gold_states(self, batch: PackedBatch) -> torch.Tensor:

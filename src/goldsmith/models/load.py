@@ -101,7 +101,8 @@ class ModelConfig(BaseModel):
     revision: str | None = Field(default=None, description="Branch, tag or commit; for hub ids only.")
     dtype: DtypeName = Field(
         default="auto",
-        description="What is computed in; `auto`: float32 on a CPU, bfloat16 on a GPU. Master weights stay in float32.",
+        description="What is computed in; `auto`: float32 on a CPU, bfloat16 on a GPU. On a CPU no training is in half precision. "
+        "Master weights stay in float32.",
     )
     device: str = Field(default="auto", description="`auto`, `cpu`, `cuda`, `cuda:1`, ...")
     init: dict[str, Any] | None = Field(

@@ -47,9 +47,10 @@ class StepSums:
     computed_tokens: int
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 products on CUDA; float32 (or the model's own precision) on a CPU."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+def autocast(model: LikelihoodModel) -> torch.autocast:
+    """Products in the half precision that the model computes in; without effect where it computes in its parameters' own."""
+    dtype = model.autocast_dtype
+    return torch.autocast(model.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def plan_step(data: Dataset, indices: Indices, *, tokens_per_microbatch: int, shares_contexts: bool) -> list[list[int]]:
@@ -190,7 +191,7 @@ def _differentiate(
     model: LikelihoodModel, batch: PackedBatch, coefficients_K: torch.Tensor, *, only_if_finite: bool
 ) -> ObjectiveSums:
     """Forward and backward pass of one pack."""
-    with autocast(model.device):
+    with autocast(model):
         sums = model(batch, coefficients_K)
     if not only_if_finite or math.isfinite(float(sums.weighted_nll.detach())):
         sums.weighted_nll.backward()

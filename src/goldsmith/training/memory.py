@@ -91,7 +91,7 @@ class ModelShape:
             is_output_trained=weight.requires_grad,
             by_hand=model.num_layers_by_hand > 0,
             element_bytes=element_bytes,
-            product_bytes=2 if model.device.type == "cuda" else element_bytes,
+            product_bytes=element_bytes if model.autocast_dtype is None else model.autocast_dtype.itemsize,
             device_type=model.device.type,
         )
 

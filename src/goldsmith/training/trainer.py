@@ -324,7 +324,7 @@ class Trainer:
         started = time.perf_counter()
         share = range(distributed.rank(), len(data), distributed.world_size())
         try:
-            with autocast(self.device):
+            with autocast(self.model):
                 own = sum_log_likelihood(
                     self.model,
                     data,

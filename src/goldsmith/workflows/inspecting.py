@@ -30,7 +30,14 @@ from goldsmith.records import DataReport
 from goldsmith.storage import write_atomic
 from goldsmith.training.trainer import Trainer
 from goldsmith.types import Conversation, TokenizedExample
-from goldsmith.workflows.materials import causal_lm_of, choose_trained, own_limit_of, renderer_of, tokenizer_of
+from goldsmith.workflows.materials import (
+    causal_lm_of,
+    choose_trained,
+    compute_dtype_of,
+    own_limit_of,
+    renderer_of,
+    tokenizer_of,
+)
 
 __all__ = ["inspect"]
 
@@ -186,7 +193,9 @@ def _measure(
     causal_lm: Any = causal_lm_of(recipe, tokenizer, device)
     silence_randomness(causal_lm)
     choose_trained(recipe, causal_lm, tokenizer)
-    model = LikelihoodModel(causal_lm, label_smoothing=recipe.objective.label_smoothing)
+    model = LikelihoodModel(
+        causal_lm, label_smoothing=recipe.objective.label_smoothing, compute_dtype=compute_dtype_of(recipe, device)
+    )
     data = Dataset(sample.examples)
     # A step's own size, or two micro-batches of it where it has more: a token costs the same in them all.
     room = max(2 * recipe.training.tokens_per_microbatch, int(data.lengths[0]))

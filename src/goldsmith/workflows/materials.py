@@ -30,6 +30,7 @@ from goldsmith.models.load import (
     init_causal_lm,
     load_causal_lm,
     load_config,
+    resolve_dtype,
     resolve_model_folder,
     tokenizer_folder,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "Rows",
     "causal_lm_of",
     "choose_trained",
+    "compute_dtype_of",
     "dataset_of",
     "own_limit_of",
     "renderer_of",
@@ -156,6 +158,21 @@ def causal_lm_of(
         dtype=dtype or recipe.model.dtype,
         device=device,
     )
+
+
+def compute_dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """What training takes its products in: on a CPU float32 where the recipe names a half precision, which gains nothing there.
+
+    Raises:
+        ConfigError: float16, in which small gradients are lost where the loss is not scaled.
+    """
+    dtype = resolve_dtype(recipe.model.dtype, device)
+    if dtype == torch.float16:
+        raise ConfigError(
+            "model.dtype: float16 is for scoring only: small gradients would be lost in it, and the loss is not scaled",
+            remedy="train in bfloat16 or float32; the result keeps the type of the model's files",
+        )
+    return torch.float32 if device.type == "cpu" and dtype == torch.bfloat16 else dtype
 
 
 def choose_trained(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from goldsmith.data.loader import Dataset, load_dataset
@@ -19,7 +20,14 @@ from goldsmith.generation.generate import Generation, GenerationConfig, decode_t
 from goldsmith.generation.generate import generate as decode
 from goldsmith.generation.metrics import GenerationMetrics, measure, measure_example
 from goldsmith.models.likelihood import LikelihoodModel
-from goldsmith.models.load import DtypeName, load_causal_lm, resolve_device, silence_randomness, tokenizer_folder
+from goldsmith.models.load import (
+    DtypeName,
+    load_causal_lm,
+    resolve_device,
+    resolve_dtype,
+    silence_randomness,
+    tokenizer_folder,
+)
 from goldsmith.models.proof import prove
 from goldsmith.recipe import load_recipe
 from goldsmith.storage import write_atomic
@@ -35,7 +43,7 @@ class OpenModel:
     """A model that was loaded and proven, with what renders rows for it.
 
     Attributes:
-        model: in float32 (or float64), packed attention.
+        model: in float32 (or float64), packed attention; half precision where it was asked for by name.
         columns: of the run's recipe, where the model is a run's.
         shares_contexts: the proof found that packs may carry a shared context once.
         role: of all gold, where it is one.
@@ -120,13 +128,18 @@ def open_model(
     limit = max_length or getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
     return OpenModel(
         name=path,
-        model=LikelihoodModel(causal_lm).eval(),
+        model=LikelihoodModel(causal_lm, compute_dtype=_scoring_dtype(dtype)).eval(),
         tokenizer=tokenizer,
         renderer=Renderer(tokenizer, rendering, limit),
         columns=columns,
         shares_contexts=proof.shares_contexts,
         role=only_role(rendering.train_on),
     )
+
+
+def _scoring_dtype(dtype: DtypeName) -> torch.dtype:
+    """Products are float32 unless half precision is asked for by name: numbers that are compared are worth the time."""
+    return torch.float32 if dtype in ("auto", "float64") else resolve_dtype(dtype, torch.device("cpu"))
 
 
 def only_role(train_on: object) -> str | None:

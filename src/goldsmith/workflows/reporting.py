@@ -152,7 +152,7 @@ def score_for_report(
     if not config.examples:
         return
     shown = Dataset(dataset[: config.examples], report=dataset.report)
-    with autocast(model.device):
+    with autocast(model):
         windows = score_windows(
             model,
             TokenTexts(tokenizer),

@@ -50,6 +50,7 @@ from goldsmith.workflows.materials import (
     Rows,
     causal_lm_of,
     choose_trained,
+    compute_dtype_of,
     dataset_of,
     own_limit_of,
     renderer_of,
@@ -196,6 +197,7 @@ def train(
         GoldsmithError: each kind with its own exit code; see `goldsmith.errors`.
     """
     device = resolve_device(recipe.model.device)
+    compute_dtype_of(recipe, device)  # refused before anything is read
     # Rows in memory may be read twice: by a tokenizer that learns, and by the data set.
     rows = None if train_rows is None else list(train_rows)
     with contextlib.ExitStack() as stack:
@@ -291,7 +293,11 @@ def _run(
             f"{longer:,} rows are longer than training.tokens_per_microbatch "
             f"({resolved.training.tokens_per_microbatch:,}): each is a micro-batch by itself"
         )
-    model = LikelihoodModel(causal_lm, label_smoothing=resolved.objective.label_smoothing)
+    model = LikelihoodModel(
+        causal_lm,
+        label_smoothing=resolved.objective.label_smoothing,
+        compute_dtype=compute_dtype_of(resolved, device),
+    )
 
     trainer = Trainer(
         model=model,

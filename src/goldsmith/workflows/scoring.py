@@ -20,6 +20,7 @@ from goldsmith.data.rows import Columns
 from goldsmith.data.tokenizer import beginning_ids
 from goldsmith.errors import ConfigError
 from goldsmith.models.load import DtypeName
+from goldsmith.models.step import autocast
 from goldsmith.scoring.score import Asked, score_windows
 from goldsmith.scoring.summary import Parts, ScoreSummary, ScoreTally, parts_of
 from goldsmith.scoring.texts import TokenTexts
@@ -81,7 +82,6 @@ def score(
         alternatives=alternatives,
         without_context=without_context,
         output=output,
-        dtype=dtype,
         tokens_per_microbatch=tokens_per_microbatch,
         quiet=quiet,
     )
@@ -95,7 +95,6 @@ def score_opened(
     alternatives: int = 0,
     without_context: bool = False,
     output: str | Path | None = None,
-    dtype: DtypeName = "auto",
     tokens_per_microbatch: int | None = None,
     quiet: bool = True,
 ) -> ScoreSummary:
@@ -108,9 +107,6 @@ def score_opened(
     )
     budget = tokens_per_microbatch or default_budget(opened.model.device)
     tally = ScoreTally()
-    # Products are float32 unless half precision is asked for by name: numbers that are compared are worth the time.
-    in_half = dtype in ("bfloat16", "float16")
-    half = torch.float16 if dtype == "float16" else torch.bfloat16
     with ExitStack() as stack:
         writer = None
         if output is not None:
@@ -120,7 +116,7 @@ def score_opened(
                 "tokens": asked.tokens,
                 "alternatives": asked.alternatives,
                 "without_context": list(asked.beginning),
-                "precision": dtype if in_half else str(next(opened.model.parameters()).dtype).removeprefix("torch."),
+                "precision": str(opened.model.autocast_dtype or opened.model.causal_lm.dtype).removeprefix("torch."),
             }
             how = {
                 "tokens_per_microbatch": budget,
@@ -136,7 +132,7 @@ def score_opened(
                 _say(f"going on after {writer.num_done:,} of {len(dataset):,} examples, from {writer.partial}")
             if writer.changed and not quiet:
                 _say(f"{', '.join(writer.changed)} changed since: the rest will be equal to rounding, not to the bit")
-        stack.enter_context(torch.autocast(opened.model.device.type, dtype=half, enabled=in_half))
+        stack.enter_context(autocast(opened.model))
         show = stack.enter_context(_Progress(len(dataset), quiet=quiet))
         done = 0 if writer is None else writer.num_done
         for window in score_windows(

@@ -57,14 +57,15 @@ def verify(
     if dtype == "auto":
         # Weights and two sets of gradients, eight bytes each.
         needed = 3 * 8 * sum(parameter.numel() for parameter in causal_lm.parameters())
-        if needed < _memory_bytes() / 2:
+        if needed < _memory_bytes(device) / 2:
             causal_lm = causal_lm.to(torch.float64)
     if causal_lm.dtype == torch.float64 and causal_lm._can_set_experts_implementation():
         # The grouped products of experts know no float64.
         causal_lm.set_experts_implementation("eager")
     name = recipe.model.path or f"a new {causal_lm.config.model_type}"
     proof = prove(causal_lm.config, name=name)
-    model = LikelihoodModel(causal_lm, label_smoothing=recipe.objective.label_smoothing)
+    # No autocast, whatever the recipe trains in: half precision would be no yardstick.
+    model = LikelihoodModel(causal_lm, label_smoothing=recipe.objective.label_smoothing, compute_dtype=causal_lm.dtype)
     return verify_model(
         model,
         data,
@@ -75,6 +76,8 @@ def verify(
     )
 
 
-def _memory_bytes() -> int:
-    """Of this machine."""
+def _memory_bytes(device: torch.device) -> int:
+    """Of the device, all of it."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
