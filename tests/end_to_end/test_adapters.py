@@ -117,6 +117,25 @@ def test_a_run_with_an_adapter(settings: dict[str, Any], tiny_model_folder: Path
     assert outcome.exit_code == 0, outcome.output
 
 
+@pytest.mark.parametrize("adapter", [{**ADAPTER, "dropout": 0.3}, None])
+@pytest.mark.parametrize("new_tokens", [(), ("<plus>",)])
+def test_a_checkpoint_is_scored(settings: dict[str, Any], adapter: Any, new_tokens: tuple[str, ...]) -> None:
+    settings["model"] = {**settings["model"], "new_tokens": new_tokens}
+    settings["adapter"] = adapter
+    if adapter is None:
+        settings["training"]["trainable"] = ["model.layers.1.*", "*embed*", "lm_head.*"]
+    result = train({**settings, "evaluation": {"every_steps": 2}, "checkpoint": {"every_steps": 2, "keep": 9}})
+    lines = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
+    expected = {line["step"]: line["nll"] for line in lines if line["kind"] == "evaluation"}
+    assert expected[2] != expected[4]
+    for step in (2, 4):
+        checkpoint = str(result.output_dir / "checkpoints" / f"step-{step:08d}")
+        assert nll(checkpoint) == pytest.approx(expected[step], abs=1e-6)
+    in_float64 = goldsmith.score(checkpoint, "eval.jsonl", device="cpu", dtype="float64").nll_per_token.estimate
+    assert in_float64 == pytest.approx(expected[4], abs=1e-6)
+    assert goldsmith.generate(checkpoint, prompts=["3 + 1 = "], max_new_tokens=2, device="cpu").answers
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_run_that_was_stopped_ends_the_same(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dropout: float

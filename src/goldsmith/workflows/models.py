@@ -23,6 +23,7 @@ from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.load import (
     DtypeName,
     load_causal_lm,
+    parameter_dtype,
     resolve_device,
     resolve_dtype,
     silence_randomness,
@@ -33,7 +34,7 @@ from goldsmith.recipe import load_recipe
 from goldsmith.storage import write_atomic
 from goldsmith.training.checkpoint import load_weights
 from goldsmith.types import Conversation, Message
-from goldsmith.workflows.materials import Rows, causal_lm_of
+from goldsmith.workflows.materials import Rows, causal_lm_of, choose_trained
 
 __all__ = ["Answer", "Answers", "OpenModel", "generate", "only_role", "open_model"]
 
@@ -108,10 +109,14 @@ def open_model(
         folder = str(run / "model")
     if is_checkpoint:
         tokenizer = load_tokenizer(str(run / "tokenizer"))
-        causal_lm = causal_lm_of(
-            recipe, tokenizer, resolve_device(device), dtype=dtype if dtype != "auto" else recipe.model.dtype
-        )
+        # As the run had it, adapter and all: its checkpoints hold what was trained, and name what was frozen by its bytes.
+        causal_lm = causal_lm_of(recipe, tokenizer, resolve_device(device))
+        silence_randomness(causal_lm)
+        choose_trained(recipe, causal_lm, tokenizer)
         load_weights(Path(path), causal_lm)
+        wanted = parameter_dtype(resolve_dtype(recipe.model.dtype if dtype == "auto" else dtype, torch.device("cpu")))
+        if wanted != parameter_dtype(resolve_dtype(recipe.model.dtype, torch.device("cpu"))):
+            causal_lm.to(dtype=wanted)
     else:
         if folder != path and not Path(folder).is_dir():
             raise MachineError(
