@@ -33,6 +33,9 @@ __all__ = [
 _WINDOW_EXAMPLES = 4096
 _WINDOW_PACKS = 32
 
+# Cuts places into packs of at most so many tokens.
+_Plan = Callable[[list[int], int], list[list[int]]]
+
 # In float32 a log-softmax may round to a little above 0; what lies further above is an error and not rounding.
 _ROUNDING = 1e-3
 
@@ -126,34 +129,20 @@ def iterate_log_probs(
     """
     if tokens_per_microbatch < 1:
         raise ValueError(f"tokens_per_microbatch must be at least 1, not {tokens_per_microbatch}")
-    target = model.device if device is None else device
     chosen = np.arange(len(dataset)) if indices is None else np.asarray(indices, dtype=np.int64)
     lengths = np.asarray(dataset.lengths, dtype=np.int64)[chosen]
+
+    def compute(batch: PackedBatch) -> dict[str, torch.Tensor]:
+        return {"log_probs": model(batch).log_probs_K}
+
+    passes = _Passes(model, dataset, compute, tokens_per_microbatch, device=device, note_halved=note_halved)
     start = 0
     while start < len(chosen):
-        end = _window_end(lengths, start, tokens_per_microbatch)
-        log_probs: dict[int, npt.NDArray[np.float64]] = {}  # keyed by place: `indices` may name an example twice
-        packs = list(_packs(lengths, start, end, tokens_per_microbatch))[::-1]
-        while packs:
-            places = packs.pop()
-            batch = pack(dataset, chosen[places])
-            values = _log_probs(model, batch, target)
-            if values is None:
-                release_memory(model.device)
-                if len(places) == 1:
-                    raise OutOfMemoryError(dataset, chosen[places], model.device)
-                tokens_per_microbatch = max(1, int(lengths[places].sum()) // 2)
-                left = np.array([place for group in (places, *packs[::-1]) for place in group])
-                packs = [left[group].tolist() for group in _packs(lengths[left], 0, len(left), tokens_per_microbatch)]
-                packs.reverse()
-                if note_halved is not None:
-                    note_halved(tokens_per_microbatch)
-                continue
-            ends = np.cumsum(np.bincount(batch.target_example.cpu().numpy(), minlength=len(places)))
-            for place, own in zip(places, np.split(values, ends[:-1]), strict=True):
-                log_probs[place] = _checked(own, dataset, int(chosen[place]))
-        for place in range(start, end):
-            yield int(chosen[place]), log_probs.pop(place)
+        end = _window_end(lengths, start, passes.tokens_per_microbatch)
+        # `indices` may name an example twice: the window's places are what tells them apart.
+        found = passes.run(chosen[start:end], _by_length(lengths[start:end]))
+        for index, values in zip(chosen[start:end].tolist(), found, strict=True):
+            yield index, values["log_probs"]
         start = end
 
 
@@ -167,29 +156,28 @@ def statistics_of(
     detailed: bool = False,
     shares_contexts: bool = False,
     device: torch.device | str | None = None,
+    note_halved: Callable[[int], None] | None = None,
 ) -> list[GoldStatistics]:
     """What scoring reads of some examples, in the order of `indices`; all of it is held, so give a window of them.
 
     Args:
-        model, dataset, tokens_per_microbatch, device: as in `iterate_log_probs`.
+        model, dataset, tokens_per_microbatch, device, note_halved: as in `iterate_log_probs`.
         top: how many of the likeliest tokens are listed at each place.
         detailed: ranks and entropies too.
         shares_contexts: carry a context that several of the examples begin with once; changes a value by rounding only.
 
     Raises:
-        NumericalError: as `iterate_log_probs`.
+        NumericalError, OutOfMemoryError: as `iterate_log_probs`.
     """
     chosen = np.asarray(indices, dtype=np.int64)
-    plan: list[list[int]] | None = None
+    plan = _by_length(np.asarray(dataset.lengths, dtype=np.int64)[chosen])
+    packer = pack
     if shares_contexts:
         rows = [dataset[int(index)] for index in chosen]
         shareable = [shareable_length(row.target_weights) for row in rows]
         ids = [row.token_ids for row in rows]
         if any(segment.parent != -1 for segment in shared_segments(ids, shareable)):
-            plan = plan_shared_microbatches(ids, shareable, tokens_per_microbatch)
-    is_shared = plan is not None
-    if plan is None:
-        plan = list(_packs(np.asarray(dataset.lengths, dtype=np.int64)[chosen], 0, len(chosen), tokens_per_microbatch))
+            plan, packer = _by_context(ids, shareable), pack_shared
 
     def compute(batch: PackedBatch) -> dict[str, torch.Tensor]:
         found = model.statistics(batch, top=top, detailed=detailed)
@@ -199,9 +187,8 @@ def statistics_of(
             if (value := getattr(found, field.name)) is not None
         }
 
-    packs = ((pack_shared if is_shared else pack)(dataset, chosen[places]) for places in plan)
-    target = model.device if device is None else device
-    return [GoldStatistics(**values) for values in _per_example(model, dataset, chosen, packs, plan, compute, target)]
+    passes = _Passes(model, dataset, compute, tokens_per_microbatch, device=device, note_halved=note_halved)
+    return [GoldStatistics(**values) for values in passes.run(chosen, plan, packer=packer)]
 
 
 def sum_log_likelihood(
@@ -252,20 +239,6 @@ def sum_log_likelihood(
     )
 
 
-def _log_probs(
-    model: LikelihoodModel, batch: PackedBatch, device: torch.device | str
-) -> npt.NDArray[np.float64] | None:
-    """Of the gold of a pack; None where memory did not suffice."""
-    try:
-        with _evaluating(model):
-            values: npt.NDArray[np.float64] = model(batch.to(device)).log_probs_K.double().cpu().numpy()
-        return values
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return None
-
-
 def windows(
     lengths: npt.NDArray[np.int64], tokens_per_microbatch: int, *, num_packs: int, num_examples: int
 ) -> Iterator[tuple[int, int]]:
@@ -302,33 +275,97 @@ def _packs(lengths: npt.NDArray[np.int64], start: int, end: int, max_tokens: int
         yield places
 
 
-def _per_example(
-    model: LikelihoodModel,
-    dataset: Dataset,
-    chosen: npt.NDArray[np.int64],
-    packs: Iterator[PackedBatch],
-    plan: Iterable[list[int]],
-    compute: Callable[[PackedBatch], dict[str, torch.Tensor]],
-    device: torch.device | str,
-) -> list[dict[str, npt.NDArray[Any]]]:
-    """Run packs through the model, and deal what it computes of each gold token out to the examples `chosen`.
+def _by_length(lengths: npt.NDArray[np.int64]) -> _Plan:
+    def plan(places: list[int], max_tokens: int) -> list[list[int]]:
+        own = lengths[places]
+        return [[places[place] for place in group] for group in _packs(own, 0, len(own), max_tokens)]
+
+    return plan
+
+
+def _by_context(ids: list[npt.NDArray[np.int32]], shareable: list[int]) -> _Plan:
+    def plan(places: list[int], max_tokens: int) -> list[list[int]]:
+        groups = plan_shared_microbatches(
+            [ids[place] for place in places], [shareable[place] for place in places], max_tokens
+        )
+        return [[places[place] for place in group] for group in groups]
+
+    return plan
+
+
+class _Passes:
+    """Packs through the model, smaller ones where memory does not suffice; what comes out is dealt out to the examples.
 
     Args:
-        plan: of each pack, the places of its examples within `chosen`.
         compute: name -> [K, ...] of a pack on the device; `log_probs` is one of them.
+        device, note_halved: as in `iterate_log_probs`.
+
+    Attributes:
+        tokens_per_microbatch: as given, until a pack did not fit.
     """
-    found: list[dict[str, npt.NDArray[Any]]] = [{} for _ in chosen]
-    for batch, places in zip(packs, plan, strict=True):
-        with _evaluating(model):
-            values = compute(batch.to(device))
-        ends = np.cumsum(np.bincount(batch.target_example.cpu().numpy(), minlength=len(places)))[:-1]
-        for name, tensor in values.items():
-            array = (tensor.double() if tensor.is_floating_point() else tensor).cpu().numpy()
-            for place, own in zip(places, np.split(array, ends), strict=True):
-                found[place][name] = own
-        for place in places:
-            found[place]["log_probs"] = _checked(found[place]["log_probs"], dataset, int(chosen[place]))
-    return found
+
+    def __init__(
+        self,
+        model: LikelihoodModel,
+        dataset: Dataset,
+        compute: Callable[[PackedBatch], dict[str, torch.Tensor]],
+        tokens_per_microbatch: int,
+        *,
+        device: torch.device | str | None,
+        note_halved: Callable[[int], None] | None,
+    ) -> None:
+        self.tokens_per_microbatch = tokens_per_microbatch
+        self._model, self._dataset, self._compute = model, dataset, compute
+        self._device = model.device if device is None else device
+        self._note_halved = note_halved
+
+    def run(
+        self, chosen: npt.NDArray[np.int64], plan: _Plan, *, packer: Callable[..., PackedBatch] = pack
+    ) -> list[dict[str, npt.NDArray[Any]]]:
+        """What is computed of the gold tokens of each of the examples `chosen`; all of it is held.
+
+        Args:
+            plan: cuts places within `chosen` into packs of at most so many tokens.
+
+        Raises:
+            OutOfMemoryError: an example by itself does not fit.
+        """
+        found: list[dict[str, npt.NDArray[Any]]] = [{} for _ in range(len(chosen))]
+        packs = plan(list(range(len(chosen))), self.tokens_per_microbatch)[::-1]
+        while packs:
+            places = packs.pop()
+            batch = packer(self._dataset, chosen[places])
+            values = self._values(batch)
+            if values is None:
+                release_memory(self._model.device)
+                if len(places) == 1:
+                    raise OutOfMemoryError(self._dataset, chosen[places], self._model.device)
+                self.tokens_per_microbatch = max(1, batch.num_tokens // 2)
+                left = [place for group in (places, *packs[::-1]) for place in group]
+                packs = plan(left, self.tokens_per_microbatch)[::-1]
+                if self._note_halved is not None:
+                    self._note_halved(self.tokens_per_microbatch)
+                continue
+            ends = np.cumsum(np.bincount(batch.target_example.cpu().numpy(), minlength=len(places)))[:-1]
+            for name, array in values.items():
+                for place, own in zip(places, np.split(array, ends), strict=True):
+                    found[place][name] = own
+            for place in places:
+                found[place]["log_probs"] = _checked(found[place]["log_probs"], self._dataset, int(chosen[place]))
+        return found
+
+    def _values(self, batch: PackedBatch) -> dict[str, npt.NDArray[Any]] | None:
+        """Of the gold of a pack; None where memory did not suffice."""
+        try:
+            with _evaluating(self._model):
+                return {
+                    name: (tensor.double() if tensor.is_floating_point() else tensor).cpu().numpy()
+                    for name, tensor in self._compute(batch.to(self._device)).items()
+                }
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
 
 
 @contextmanager

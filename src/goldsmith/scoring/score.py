@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,6 +101,7 @@ def score_windows(
     shares_contexts: bool = False,
     first: int = 0,
     device: torch.device | str | None = None,
+    note_halved: Callable[[int], None] | None = None,
 ) -> Iterator[list[ScoredExample]]:
     """log P(y | x) of every example, in data-set order, a window of some hundred at a time.
 
@@ -109,7 +110,7 @@ def score_windows(
     examples are packed changes a number by rounding only.
 
     Args:
-        model, dataset, tokens_per_microbatch, device: as in `models.evaluate.statistics_of`.
+        model, dataset, tokens_per_microbatch, device, note_halved: as in `models.evaluate.statistics_of`.
         texts: of the model's tokenizer.
         asked: what is told of each example.
         shares_contexts: the proof found that this model may carry a shared context once; done where it saves.
@@ -117,6 +118,7 @@ def score_windows(
 
     Raises:
         NumericalError: a log-probability is not finite.
+        OutOfMemoryError: an example by itself does not fit.
     """
     if tokens_per_microbatch < 1:
         raise ValueError(f"tokens_per_microbatch must be at least 1, not {tokens_per_microbatch}")
@@ -125,6 +127,15 @@ def score_windows(
     names = {file.path: file.name for file in dataset.report.files}
     can_share = shares_contexts and model.shares_contexts(int(dataset.lengths.max()))
     lengths = np.asarray(dataset.lengths, dtype=np.int64)
+    # What fits: windows go on as they began, their packs are cut finer.
+    budget = tokens_per_microbatch
+
+    def note(smaller: int) -> None:
+        nonlocal budget
+        budget = smaller
+        if note_halved is not None:
+            note_halved(smaller)
+
     for start, end in windows(lengths, tokens_per_microbatch, num_packs=_WINDOW_PACKS, num_examples=_WINDOW_EXAMPLES):
         if end <= first:
             continue
@@ -134,17 +145,18 @@ def score_windows(
             model,
             dataset,
             range(start, end),
-            tokens_per_microbatch=tokens_per_microbatch,
+            tokens_per_microbatch=budget,
             top=asked.alternatives,
             detailed=asked.tokens,
             shares_contexts=can_share,
             device=device,
+            note_halved=note,
         )
         alone: list[GoldStatistics] | None = None
         if asked.without_context:
             bare = Dataset([without_context(example, asked.beginning) for example in examples])
             alone = statistics_of(
-                model, bare, range(len(bare)), tokens_per_microbatch=tokens_per_microbatch, device=device
+                model, bare, range(len(bare)), tokens_per_microbatch=budget, device=device, note_halved=note
             )
         yield [
             _scored(example, statistics, texts, asked, names, None if alone is None else alone[place])

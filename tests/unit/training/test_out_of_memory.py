@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ import numpy as np
 import pytest
 import torch
 from small_trainer import build_trainer, gradients, make_examples, weights
+from transformers import AutoTokenizer
 
+from goldsmith.data.loader import Dataset
 from goldsmith.errors import MachineError
 from goldsmith.models.evaluate import iterate_log_probs, sum_log_likelihood
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.out_of_memory import OutOfMemoryError, is_out_of_memory
+from goldsmith.scoring.score import Asked, score_windows
+from goldsmith.scoring.texts import TokenTexts
 from goldsmith.training.progress import NoProgress
 from goldsmith.training.trainer import Trainer
 
@@ -213,3 +218,54 @@ def test_an_example_that_does_not_fit_alone_stops_the_evaluation(
     Memory(trainer.model, monkeypatch, LONGEST - 1)
     with pytest.raises(OutOfMemoryError, match=rf"a single row does not fit: .*{LONGEST} tokens"):
         sum_log_likelihood(trainer.model, trainer.train_data, tokens_per_microbatch=10**6)
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_scoring_goes_on_in_smaller_packs(
+    tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, shares: bool
+) -> None:
+    trainer, _ = build(tmp_path)
+    model, texts = trainer.model, TokenTexts(AutoTokenizer.from_pretrained(tiny_model_folder))
+    # Four times the same contexts, so that there is something to share.
+    data = Dataset(
+        [
+            replace(
+                example,
+                example_id=f"e{place}",
+                token_ids=np.concatenate([np.arange(70, dtype=np.int32) % 20, example.token_ids]),
+                target_weights=np.concatenate([np.zeros(70, dtype=np.float32), example.target_weights]),
+            )
+            for place, example in enumerate(EXAMPLES)
+        ]
+    )
+    asked = Asked(tokens=True, without_context=True, beginning=(1,))
+
+    def scores(**settings: Any) -> list[Any]:
+        found = score_windows(
+            model, texts, data, asked, tokens_per_microbatch=400, shares_contexts=shares, **settings
+        )
+        return [example.scores for window in found for example in window]
+
+    whole = scores()
+    failures = []
+    own = model.statistics
+
+    def statistics(batch: Any, **keywords: Any) -> Any:
+        if batch.num_tokens > 130:
+            failures.append(batch.num_tokens)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(batch, **keywords)
+
+    monkeypatch.setattr(model, "statistics", statistics)
+    heard: list[int] = []
+    for score, expected in zip(scores(note_halved=heard.append), whole, strict=True):
+        assert (score.example_id, score.num_target_tokens) == (expected.example_id, expected.num_target_tokens)
+        assert score.log_prob == pytest.approx(expected.log_prob, rel=1e-9)
+        assert score.log_prob_without_context == pytest.approx(expected.log_prob_without_context, rel=1e-9)
+        assert [token.rank for token in score.tokens] == [token.rank for token in expected.tokens]
+    assert heard == sorted(heard, reverse=True)
+    assert 0 < len(heard) == len(failures) < 5  # the smaller value is kept from window to window
+    data = Dataset([data[0]])
+    monkeypatch.setattr(model, "statistics", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(OutOfMemoryError, match="a single row does not fit: e0"):
+        scores()
