@@ -249,3 +249,31 @@ train(recipe, train_rows=(row for row in rows[0]), eval_rows=iter(rows[1]), quie
     assert [outcome.exit_code for outcome in outcomes] == [0, 0], outcomes
     for record, wanted in zip(read_metrics(run.metrics), read_metrics(reference().metrics), strict=True):
         assert record["nll"] == pytest.approx(wanted["nll"], rel=1e-4)
+
+
+def test_sources_and_weights_of_tokens_are_summed_over_processes(
+    new_run: NewRun, in_float64: dict[str, Any], tmp_path: Path
+) -> None:
+    """Three sources of which a step may hold one alone, each token with a weight of its own, and rows that count otherwise."""
+    sources = []
+    for place, name in enumerate("abc"):
+        path = tmp_path / f"{name}.jsonl"
+        with path.open("w") as file:
+            for number in range(3 + 2 * place):
+                length = 4 + (5 * number + place) % 9
+                ids = [3 + (7 * number + 11 * place + token) % 80 for token in range(length)]
+                weights = [0.0, *(0.25 * (1 + (token + place) % 5) for token in range(length - 1))]
+                row = {"id": f"{name}{number}", "token_ids": ids, "target_weights": weights}
+                file.write(json.dumps(row) + "\n")
+        sources.append({"path": str(path), "name": name, "weight": 1.0 + place})
+    changes = {**in_float64, "data": {"train": sources, "eval": [dict(source) for source in sources]}, "evaluation": {"every_steps": 5}}
+    runs = [new_run(changes, name="one"), new_run(changes, name="two")]
+    runs[0].finish()
+    outcomes = run_ranks(runs[1], 2)
+    assert [outcome.exit_code for outcome in outcomes] == [0, 0], outcomes
+    assert_equal_to_rounding(runs[1], runs[0], 1e-9)
+    records, expected = (read_metrics(run.metrics) for run in (runs[1], runs[0]))
+    assert {len(record["nll_by_source"]) for record in expected} >= {2, 3}
+    for record, wanted in zip(records, expected, strict=True):
+        assert record["nll_by_source"] == pytest.approx(wanted["nll_by_source"], rel=1e-9)
+    assert len({round(nll, 3) for nll in expected[0]["nll_by_source"].values()}) == 3
