@@ -27,6 +27,7 @@ from goldsmith.data.loader import Dataset
 from goldsmith.data.order import StepOrder
 from goldsmith.data.stream import ExampleStream
 from goldsmith.errors import NumericalError, StoppedBySignal
+from goldsmith.models.compiling import compile_layers, require_compilable
 from goldsmith.models.evaluate import sum_log_likelihood
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.step import StepSums, autocast, forward_backward
@@ -67,6 +68,10 @@ class TrainingConfig(BaseModel):
     )
     memory_limit: int | str | None = Field(
         None, description="what `auto` may plan with: bytes, or such as 8GB; null: what the machine has free"
+    )
+    compile: Literal["off", "layers"] = Field(
+        "off",
+        description="layers: compile decoder layers that goldsmith does not compute by hand; on a CPU that wants a C++ compiler",
     )
     trainable: tuple[str, ...] | None = Field(
         None,
@@ -165,6 +170,9 @@ class Trainer:
             require_one_microbatch(
                 train, batch_size=config.batch_size, tokens_per_microbatch=config.tokens_per_microbatch
             )
+        if config.compile == "layers":
+            require_compilable(model.causal_lm)
+            compile_layers(model.causal_lm)
         self.memory = StepMemory(
             model,
             train,

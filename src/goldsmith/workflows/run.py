@@ -91,6 +91,7 @@ CHANGEABLE_KEYS = (
     "training.tokens_per_microbatch",
     "training.shared_context",
     "training.activation_checkpointing",
+    "training.compile",
     "training.memory_limit",
     "optimizer.step_in_backward",
     "checkpoint.every_steps",
@@ -450,7 +451,7 @@ def _compare_machine(recipe: Recipe, stored: Recipe, device: torch.device, say: 
             f"model.device: the run began on {stored.model.device}, but this is {device}",
             remedy="go on with it on such a machine, or begin anew in another output_dir",
         )
-    for key in ("tokens_per_microbatch", "shared_context", "activation_checkpointing"):
+    for key in ("tokens_per_microbatch", "shared_context", "activation_checkpointing", "compile"):
         before, now = getattr(stored.training, key), getattr(recipe.training, key)
         if before != now:
             say(f"training.{key}: {before} before, {now} now; the result will be equal to rounding, not to the bit")
