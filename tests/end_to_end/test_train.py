@@ -21,6 +21,7 @@ import goldsmith
 from goldsmith.cli import app
 from goldsmith.errors import ConfigError, DataError, MachineError
 from goldsmith.recipe import Recipe
+from goldsmith.workflows import run
 from goldsmith.workflows.run import RunResult
 
 GOLD = [{"prompt": f"{number} + 1 = ", "completion": str(number + 1)} for number in range(24)]
@@ -66,6 +67,14 @@ def evaluations(folder: Path) -> list[dict[str, Any]]:
 
 
 # --- the run folder and the result
+
+
+def test_the_environment_names_the_device_that_was_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU, {device.index}")
+    monkeypatch.setattr(run, "_cpu_name", lambda: "a CPU")
+    assert run._environment(torch.device("cpu"))["device"] == "a CPU"
+    assert run._environment(torch.device("cuda:1"))["device"] == "a GPU, 1"
 
 
 @pytest.mark.parametrize("adapter", [None, {"rank": 2, "alpha": 4.0}], ids=["full", "lora"])

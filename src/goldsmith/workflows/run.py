@@ -515,7 +515,7 @@ def _claim(
 ) -> None:
     """Make the folder this run's, or check that its data is still what the run began with."""
     data_path, environment_path = folder / DATA, folder / ENVIRONMENT
-    environment = _environment()
+    environment = _environment(torch.device(resolved.model.device))
     if stored and data_path.is_file():
         _require_same_data(json.loads(data_path.read_text()), data_report, folder)
         if environment_path.is_file():
@@ -571,7 +571,7 @@ def _report_of(data: Dataset | ExampleStream) -> DataReport:
     return data.report() if isinstance(data, ExampleStream) else data.report
 
 
-def _environment() -> dict[str, Any]:
+def _environment(device: torch.device) -> dict[str, Any]:
     """What the resume law depends on."""
     return {
         "goldsmith": goldsmith.__version__,
@@ -579,7 +579,7 @@ def _environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "machine": platform.machine(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
         "ranks": distributed.world_size(),
     }
