@@ -29,6 +29,7 @@ __all__ = [
     "require_space",
     "sha256_file",
     "verify_manifest",
+    "write_asked_file",
     "write_atomic",
     "write_manifest",
 ]
@@ -105,6 +106,25 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _fsync(path.parent)
+
+
+def write_asked_file(path: str | Path, data: bytes | str) -> None:
+    """`write_atomic` where the user named the file.
+
+    Raises:
+        MachineError: it is a folder, its folder is not there, or may not be written.
+    """
+    remedy = "give the name of a file in a folder that is there and may be written"
+    file = Path(path)
+    if not file.name or file.is_dir():
+        raise MachineError(f"{str(path)!r} cannot be written: it is a folder", remedy=remedy)
+    try:
+        write_atomic(file, data)
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        raise MachineError(f"{str(path)!r} cannot be written: {reason}", remedy=remedy) from error
 
 
 def sha256_file(path: Path) -> str:

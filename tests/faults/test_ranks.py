@@ -266,7 +266,11 @@ def test_sources_and_weights_of_tokens_are_summed_over_processes(
                 row = {"id": f"{name}{number}", "token_ids": ids, "target_weights": weights}
                 file.write(json.dumps(row) + "\n")
         sources.append({"path": str(path), "name": name, "weight": 1.0 + place})
-    changes = {**in_float64, "data": {"train": sources, "eval": [dict(source) for source in sources]}, "evaluation": {"every_steps": 5}}
+    changes = {
+        **in_float64,
+        "data": {"train": sources, "eval": [dict(source) for source in sources]},
+        "evaluation": {"every_steps": 5},
+    }
     runs = [new_run(changes, name="one"), new_run(changes, name="two")]
     runs[0].finish()
     outcomes = run_ranks(runs[1], 2)

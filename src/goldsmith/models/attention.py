@@ -79,9 +79,9 @@ def packed_attention(
             if torch.is_autocast_enabled("cpu") and query.dtype != torch.float64:
                 # Some of the three come in half precision and some do not; the kernels want one type.
                 with torch.autocast("cpu", enabled=False):
-                    query, key, value = query.float(), key.float(), value.float()
-                    kernel = PackedFlashCPU.apply
-                    return kernel(query, key, value, layout, scale, sliding_window), None
+                    wide = [tensor.float() for tensor in (query, key, value)]
+                    in_float32: Callable[..., torch.Tensor] = PackedFlashCPU.apply
+                    return in_float32(*wide, layout, scale, sliding_window), None
             kernel = PackedFlashCPU.apply
         elif query.device.type == "cuda":
             query, key, value = in_product_dtype(query, key, value)

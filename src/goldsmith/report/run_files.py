@@ -61,7 +61,7 @@ def read_run(folder: Path) -> RunView:
     recipe = folder / RECIPE
     if not recipe.is_file():
         raise MachineError(f"{folder}: not a run folder: it holds no {RECIPE}", remedy="name the folder of a run")
-    recipe_text = recipe.read_text(encoding="utf-8")
+    recipe_text = recipe.read_text(encoding="utf-8", errors="replace")  # it is shown, and not used
     records = list(_lines(folder / METRICS))
     steps = [record for record in records if record.get("kind") == "step"]
     evaluations = [record for record in records if record.get("kind") == "evaluation"]

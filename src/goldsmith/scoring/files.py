@@ -182,6 +182,8 @@ def _json_lines(path: str | Path) -> Iterator[tuple[int, object]]:
                 raise DataError(
                     f"{place}: not UTF-8 (byte {error.start}: {raw[error.start : error.start + 4]!r})"
                 ) from error
+            except (RecursionError, OverflowError) as error:
+                raise DataError(f"{place}: invalid JSON: nested too deep, or a number too large") from error
             except json.JSONDecodeError as error:
                 shown = _shown(_decoded(raw, is_first=number == 1).rstrip("\n"))
                 raise DataError(
@@ -261,7 +263,7 @@ def _alternatives(value: object, *, place: str, name: str) -> tuple[tuple[int, s
 def _number(value: object, *, place: str, name: str) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
         raise DataError(f"{place}: `{name}` is {_shown(value)}, not a finite number")
     return float(value)
 
@@ -269,9 +271,9 @@ def _number(value: object, *, place: str, name: str) -> float | None:
 def _log_prob(value: object, *, place: str, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise DataError(f"{place}: `{name}` is {_shown(value)}, not a number", remedy=_REMEDY)
-    if not math.isfinite(value):
+    if not _is_finite(value):
         raise DataError(
-            f"{place}: `{name}` is {value}; a log-probability must be finite",
+            f"{place}: `{name}` is {_shown(value)}; a log-probability must be finite",
             remedy="look at this example under the model that scored it: neither a probability of 0 nor NaN compares",
         )
     if value > _ROUNDING:
@@ -280,6 +282,13 @@ def _log_prob(value: object, *, place: str, name: str) -> float:
             remedy="write natural log-probabilities, not probabilities and not the negated nll",
         )
     return min(float(value), 0.0)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floating-point ones
+        return False
 
 
 def _count(value: object, *, place: str, name: str) -> int:

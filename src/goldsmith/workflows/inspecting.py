@@ -27,7 +27,7 @@ from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.load import load_config, resolve_device, resolve_model_folder, silence_randomness
 from goldsmith.recipe import Recipe
 from goldsmith.records import DataReport
-from goldsmith.storage import write_atomic
+from goldsmith.storage import write_asked_file
 from goldsmith.training.trainer import Trainer
 from goldsmith.types import Conversation, TokenizedExample
 from goldsmith.workflows.materials import (
@@ -110,7 +110,7 @@ def inspect(
         strict=strict,
     )
     if html is not None:
-        write_atomic(Path(html), html_page(result))
+        write_asked_file(html, html_page(result))
     return result
 
 

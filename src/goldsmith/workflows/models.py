@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from goldsmith.data.loader import Dataset, load_dataset
@@ -31,7 +32,7 @@ from goldsmith.models.load import (
 )
 from goldsmith.models.proof import prove
 from goldsmith.recipe import load_recipe
-from goldsmith.storage import write_atomic
+from goldsmith.storage import write_asked_file
 from goldsmith.training.checkpoint import load_weights
 from goldsmith.types import Conversation, Message
 from goldsmith.workflows.materials import Rows, causal_lm_of, choose_trained
@@ -72,8 +73,16 @@ class OpenModel:
                 f"{data}: a data set of the hub is read by a recipe only, which names its split",
                 remedy="save its rows to a file, for example with `datasets`: Dataset.to_json",
             )
-        source = SourceConfig(path=data if isinstance(data, str) else "rows", limit=limit)
-        config = DataConfig(train=[source], columns=columns or self.columns, on_bad_row=on_bad_row)
+        try:
+            source = SourceConfig(path=data if isinstance(data, str) else "rows", limit=limit)
+            config = DataConfig(train=[source], columns=columns or self.columns, on_bad_row=on_bad_row)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = {"columns": "--columns", "path": "DATA"}.get(str(first["loc"][0]), str(first["loc"][0]))
+            raise ConfigError(
+                f"{where}: {first['msg'].removeprefix('Value error, ')}, but {first['input']!r} was given",
+                remedy="name a file of gold and, with --columns, which of its columns is which field",
+            ) from error
         return load_dataset(
             config.train if isinstance(data, str) else data,
             config=config,
@@ -110,7 +119,7 @@ def open_model(
     if is_checkpoint:
         tokenizer = load_tokenizer(str(run / "tokenizer"))
         # As the run had it, adapter and all: its checkpoints hold what was trained, and name what was frozen by its bytes.
-        causal_lm = causal_lm_of(recipe, tokenizer, resolve_device(device))
+        causal_lm: Any = causal_lm_of(recipe, tokenizer, resolve_device(device))
         silence_randomness(causal_lm)
         choose_trained(recipe, causal_lm, tokenizer)
         load_weights(Path(path), causal_lm)
@@ -253,7 +262,7 @@ def generate(
     if data is not None:
         metrics = measure([measure_example(a.text, a.gold or "", tokenize=_tokenize(opened)) for a in answers])
     if output is not None:
-        write_atomic(Path(output), "".join(json.dumps(a.to_json(), ensure_ascii=False) + "\n" for a in answers))
+        write_asked_file(output, "".join(json.dumps(a.to_json(), ensure_ascii=False) + "\n" for a in answers))
     return Answers(answers=answers, metrics=metrics)
 
 

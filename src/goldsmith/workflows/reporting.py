@@ -23,7 +23,7 @@ from goldsmith.report.serve import HOST, report_server
 from goldsmith.scoring.files import read_scores, score_to_json
 from goldsmith.scoring.score import Asked, score_windows
 from goldsmith.scoring.texts import TokenTexts
-from goldsmith.storage import write_atomic
+from goldsmith.storage import write_asked_file, write_atomic
 
 __all__ = [
     "AFTER",
@@ -90,8 +90,8 @@ def report(
         title=_title(folders, files),
         max_examples=max_examples,
     )
-    data = page.encode()
-    write_atomic(path, data)
+    data = page.encode("utf-8", "replace")
+    write_asked_file(path if output is None else output, data)
     ids = {score.example_id for side in sides for score in side.scores}
     return ReportResult(path=path, num_bytes=len(data), num_examples=min(len(ids), max_examples))
 

@@ -241,9 +241,7 @@ def test_scoring_goes_on_in_smaller_packs(
     asked = Asked(tokens=True, without_context=True, beginning=(1,))
 
     def scores(**settings: Any) -> list[Any]:
-        found = score_windows(
-            model, texts, data, asked, tokens_per_microbatch=400, shares_contexts=shares, **settings
-        )
+        found = score_windows(model, texts, data, asked, tokens_per_microbatch=400, shares_contexts=shares, **settings)
         return [example.scores for window in found for example in window]
 
     whole = scores()
