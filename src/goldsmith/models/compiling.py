@@ -6,7 +6,7 @@ layout of the pack, which is no argument of it. Layers by hand (`decoder_layers.
 the compiler makes of the plain ones.
 
 An instance's forward is compiled, and not the call around it: layers that are computed again in the backward pass
-(`checkpointing.py`) wrap the compiled forward. `design/0003-compilation.md` has what was measured.
+(`checkpointing.py`) wrap the compiled forward. `design/0004-compilation.md` has what was measured.
 """
 
 from __future__ import annotations
