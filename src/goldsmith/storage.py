@@ -116,7 +116,7 @@ def write_asked_file(path: str | Path, data: bytes | str) -> None:
     """
     remedy = "give the name of a file in a folder that is there and may be written"
     file = Path(path)
-    if not file.name or file.is_dir():
+    if not file.name or os.path.isdir(file):
         raise MachineError(f"{str(path)!r} cannot be written: it is a folder", remedy=remedy)
     try:
         write_atomic(file, data)

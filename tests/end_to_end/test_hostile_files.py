@@ -23,6 +23,9 @@ def here(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatc
     Path("folder").mkdir()
     Path("run").mkdir()
     Path("run/recipe.yaml").write_bytes(b"\xff\xfe\x00")
+    Path("damaged").mkdir()
+    Path("damaged/recipe.yaml").write_text("model: {path: model}\n")
+    Path("damaged/metrics.jsonl").write_text('{"kind": "step", "step": "x"}\n')
     Path("deep.jsonl").write_text("[" * 100_000 + "\n")
     Path("huge.jsonl").write_text('{"example_id": "a", "log_prob": -1' + "0" * 400 + "}\n")
     Path("scores.jsonl").write_text('{"example_id": "a", "log_prob": -1}\n')
@@ -44,6 +47,9 @@ def here(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatc
         ("report --scores deep.jsonl", 3, "deep.jsonl:1: invalid JSON: nested too deep"),
         ("report --scores scores.jsonl -o folder", 7, "'folder' cannot be written: it is a folder"),
         ("report run -o out.html", 0, "out.html"),
+        ("report damaged", 7, "a file of the run is damaged: metrics.jsonl"),
+        (f"score model gold.jsonl -o {'x' * 300}.jsonl", 7, "File name too long"),
+        (f"report --scores scores.jsonl -o {'x' * 300}.html", 7, "File name too long"),
         ("inspect recipe.yaml --no-measure --html folder", 7, "'folder' cannot be written: it is a folder"),
         ("inspect recipe.yaml --no-measure --html nowhere/page.html", 7, "No such file or directory"),
         ("generate model -p 1 --max-new-tokens 1 -o folder", 7, "'folder' cannot be written"),

@@ -62,6 +62,16 @@ def read_run(folder: Path) -> RunView:
     if not recipe.is_file():
         raise MachineError(f"{folder}: not a run folder: it holds no {RECIPE}", remedy="name the folder of a run")
     recipe_text = recipe.read_text(encoding="utf-8", errors="replace")  # it is shown, and not used
+    try:
+        return _view(folder, recipe_text)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise MachineError(
+            f"{folder}: a file of the run is damaged: {METRICS}, {DATA} or {RESULT} ({type(error).__name__}: {error})",
+            remedy="restore it from a copy, or train anew",
+        ) from error
+
+
+def _view(folder: Path, recipe_text: str) -> RunView:
     records = list(_lines(folder / METRICS))
     steps = [record for record in records if record.get("kind") == "step"]
     evaluations = [record for record in records if record.get("kind") == "evaluation"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import time
 from contextlib import ExitStack
@@ -73,13 +74,13 @@ def score(
     """
     if alternatives < 0:
         raise ConfigError(f"alternatives: {alternatives} is negative", remedy="give how many tokens to list, such as 5")
-    if output is not None and (not Path(output).name or Path(output).is_dir()):
+    if output is not None and (not Path(output).name or os.path.isdir(output)):
         raise ConfigError(f"output: {str(output)!r} is a folder", remedy="give the name of a file")
     opened = open_model(model, device=device, dtype=dtype, revision=revision, max_length=max_length)
     dataset = opened.dataset(data, columns=columns, on_bad_row=on_bad_row, limit=limit)
     if output is not None and isinstance(data, str):
         for file in dataset.report.files:
-            if Path(file.path).exists() and Path(output).exists() and Path(file.path).samefile(output):
+            if os.path.exists(file.path) and os.path.exists(output) and os.path.samefile(file.path, output):
                 raise ConfigError(
                     f"output: {output} is the gold itself, which the scores would replace",
                     remedy="give another --output",
