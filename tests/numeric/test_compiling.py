@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ SIZES: dict[str, Any] = {
     "head_dim": 6,
 }
 CONFIGS = {
-    # Soft caps, and a window on every other layer.
+    # Norms that round to float32 inside, soft caps, and a window on every other layer.
     "gemma2": Gemma2Config(**SIZES, query_pre_attn_scalar=6, sliding_window=8),
     "gpt2": GPT2Config(vocab_size=53, n_embd=24, n_layer=2, n_head=4, n_positions=64),
 }
@@ -70,9 +71,10 @@ def gradient_of(model: LikelihoodModel, lengths: list[int]) -> dict[str, torch.T
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-@wants_compiler
 @pytest.mark.parametrize("name", ["gemma2"])
-def test_the_gradient_in_one_compilation(name: str) -> None:
+def test_the_gradient_in_one_compilation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of the compiler but its last stage, which only writes the same operations as C++ and takes half a minute."""
+    monkeypatch.setattr(compiling.torch, "compile", partial(torch.compile, backend="aot_eager"))
     plain, compiled = build(name), build(name)
     assert compile_layers(compiled.causal_lm) == 2
     assert compile_layers(compiled.causal_lm) == 2
@@ -86,7 +88,6 @@ def test_the_gradient_in_one_compilation(name: str) -> None:
             assert expected.keys() == got.keys()
             total = float(torch.nn.utils.get_total_norm(list(expected.values())))
             for key, gradient in expected.items():
-                # Norms of `transformers` round to float32 inside; the compiler does so in another order.
                 assert float((got[key] - gradient).norm()) <= 1e-6 * total, (lengths, key)
             graphs.add(counters["stats"]["unique_graphs"])
     assert len(graphs) == 1
