@@ -42,6 +42,7 @@ from goldsmith.objective.cross_entropy import ObjectiveConfig
 from goldsmith.report.page import ReportConfig
 from goldsmith.training.checkpoint import CheckpointConfig
 from goldsmith.training.optimizer import OptimizerConfig
+from goldsmith.training.trackers.config import TrackerConfigs
 from goldsmith.training.trainer import EvaluationConfig, TrainingConfig
 
 __all__ = ["Recipe", "load_recipe"]
@@ -80,6 +81,9 @@ class Recipe(BaseModel):
     )
     report: ReportConfig = Field(
         default_factory=ReportConfig, description="what is scored to be shown token by token, before and after"
+    )
+    trackers: TrackerConfigs = Field(
+        default=[], description="who else is told of steps and evaluations: names, or mappings with a `name`"
     )
     output_dir: str = Field(default="runs/run", min_length=1, description="the run folder")
 
@@ -140,6 +144,10 @@ class Recipe(BaseModel):
             width=120,
             default_flow_style=False,
         )
+
+    def settings(self) -> dict[str, Any]:
+        """Dotted key -> value of every leaf, defaults included; an empty list or mapping is a leaf."""
+        return {_dotted(key): value for key, value in _leaves(self.model_dump(mode="json"))}
 
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
         """Dotted key -> (this recipe's value, the other's) of each leaf that differs; None where one lacks the key."""

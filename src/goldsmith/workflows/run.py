@@ -44,6 +44,9 @@ from goldsmith.training.checkpoint import checkpoint_bytes
 from goldsmith.training.memory import format_bytes
 from goldsmith.training.progress import progress_reporter
 from goldsmith.training.result import Parity, check_merged, check_parity, save_adapter, save_model
+from goldsmith.training.trackers.config import require_installed
+from goldsmith.training.trackers.following import Following
+from goldsmith.training.trackers.protocol import RunFacts
 from goldsmith.training.trainer import Trainer, TrainingResult, planned_steps
 from goldsmith.workflows.materials import (
     RowList,
@@ -96,6 +99,7 @@ CHANGEABLE_KEYS = (
     "checkpoint.keep",
     "report.examples",
     "report.alternatives",
+    "trackers",
     "output_dir",
 )
 
@@ -239,6 +243,7 @@ def _run(
                     f"evaluation.{key} is {value}, but there is no data.eval to evaluate on",
                     remedy="name held-out files in data.eval, or take the key out",
                 )
+    require_installed(resolved.trackers)
     resolved = _with_revisions(resolved, stored)
     # The model's folder first: a model that is not there should be named as such, and not by its tokenizer.
     own_limit = own_limit_of(resolved)
@@ -320,6 +325,9 @@ def _run(
     _say_memory(trainer, say)
     data_report = _data_report(stream or train_data, eval_data)
     if distributed.is_main():
+        if resolved.trackers:
+            facts = RunFacts(name=folder.name, folder=folder, settings=resolved.settings())
+            trainer.trackers = Following.of(resolved.trackers, facts)
         _require_space(trainer, folder)
         _claim(folder, resolved, tokenizer, data_report, stored=stored is not None, say=say)
         write_atomic(folder / MEMORY, json.dumps(trainer.memory.budget().to_json(), indent=1) + "\n")
@@ -422,7 +430,7 @@ def _stored_recipe(recipe: Recipe, folder: Path) -> Recipe | None:
     differing = {
         key: (ours, theirs)
         for key, (ours, theirs) in recipe.differences(stored).items()
-        if key not in CHANGEABLE_KEYS and not _is_resolved_as(key, ours, theirs, recipe)
+        if not _is_changeable(key) and not _is_resolved_as(key, ours, theirs, recipe)
     }
     if differing:
         lines = "".join(f"\n  {key}: {ours!r} here, {theirs!r} there" for key, (ours, theirs) in differing.items())
@@ -448,6 +456,11 @@ def _compare_machine(recipe: Recipe, stored: Recipe, device: torch.device, say: 
         before, now = getattr(stored.training, key), getattr(recipe.training, key)
         if before != now:
             say(f"training.{key}: {before} before, {now} now; the result will be equal to rounding, not to the bit")
+
+
+def _is_changeable(key: str) -> bool:
+    """Whether a resumed run may have another value there, or within it (`trackers.0.project`)."""
+    return any(key == changeable or key.startswith(f"{changeable}.") for changeable in CHANGEABLE_KEYS)
 
 
 def _is_resolved_as(key: str, ours: Any, theirs: Any, recipe: Recipe) -> bool:
