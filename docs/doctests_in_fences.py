@@ -1,4 +1,4 @@
-"""For mkdocstrings: examples stand bare in docstrings (`>>> ...`), which Markdown would read as quotations. Here they are fenced."""
+"""For mkdocstrings: examples stand bare in docstrings (`>>> ...`), which Markdown takes for quotations. Here they are fenced."""
 
 from __future__ import annotations
 

@@ -28,9 +28,9 @@ HEAD = """# Recipe reference
 <!-- Written by docs/recipe_page.py from the settings' own definitions; change those, and run it with --write. -->
 
 A recipe is a YAML file. Unknown keys are refused, with the nearest known one named. What a recipe reads lies relative to its own
-folder; what it writes (`output_dir`), and paths given with `--set`, relative to the current directory. Only `model` and `data.train`
-have no default. Any key can be given on the command line: `--set optimizer.learning_rate=1e-4`, `--set data.train.0.path=other.jsonl`.
-The `recipe.yaml` that a run writes into its folder has every key with its value.
+folder; what it writes (`output_dir`), and paths given with `--set`, relative to the current directory. Only `model` and
+`data.train` have no default. Any key can be given on the command line: `--set optimizer.learning_rate=1e-4`,
+`--set data.train.0.path=other.jsonl`. The `recipe.yaml` that a run writes into its folder has every key with its value.
 
 """
 

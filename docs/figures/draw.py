@@ -29,7 +29,7 @@ TOKENS = ("York", "Jersey", "Orleans", "Delhi", "years")
 LOGITS = (2.0, 1.2, 0.6, 0.0, -0.8)
 # nll of each gold token of eight rows; the longer a row, the surer the model is of it.
 ROWS = tuple(
-    np.linspace(2.4, 0.3, 8)[index] * np.ones(length) for index, length in enumerate((1, 2, 2, 4, 6, 9, 14, 22))
+    np.linspace(2.5, 0.3, 8)[index] * np.ones(length) for index, length in enumerate((1, 2, 2, 4, 6, 9, 14, 22))
 )
 
 
@@ -135,7 +135,7 @@ def main() -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    grey = {key: GREY for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}
+    grey = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY)
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "goldsmith", "font.size": 10, **grey})
     draw_new_york(pyplot)
     draw_gradient(pyplot)

@@ -120,6 +120,10 @@ class Recipe(BaseModel):
             values: nested mappings, as the YAML would give them.
             name: what errors call it.
 
+        >>> recipe = Recipe.from_mapping({"model": {"path": "owner/name"}, "data": {"train": "train.jsonl"}})
+        >>> recipe.model.path, recipe.data.train[0].repeat
+        ('owner/name', 1.0)
+
         Raises:
             ConfigError: an unknown key, a missing one, or a value of the wrong type.
         """
@@ -159,12 +163,20 @@ class Recipe(BaseModel):
         }
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, of_run: bool = False) -> Recipe:
     """Read a recipe, apply `key=value` overrides in order, check everything, and make its paths absolute.
 
     Args:
         path: the YAML file.
         overrides: such as `optimizer.learning_rate=1e-4` or `data.train.0.path=other.jsonl`; the value is read as YAML.
+        of_run: the resolved recipe in a run folder; it names no rows where the run was given its rows from Python.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "french.yaml"
+    >>> _ = file.write_text("model: {path: owner/name}\\ndata: {train: train.jsonl}\\n")
+    >>> recipe = load_recipe(file, ["optimizer.learning_rate=1e-4"])
+    >>> recipe.optimizer.learning_rate, recipe.training.batch_size, Path(recipe.data.train[0].path).name
+    (0.0001, 64, 'train.jsonl')
 
     Raises:
         ConfigError: no such file, not a recipe, an unknown key (with the nearest known one), a missing key, or a value
@@ -197,7 +209,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         return Path.cwd() if typed or key == ("output_dir",) else file.resolve().parent
 
     recipe = _validated(document)
-    if not recipe.data.train:
+    if not recipe.data.train and not of_run:
         place = document.place(("data", "train"))
         raise ConfigError(f"{place}: data.train: missing, and it has no default", remedy="name the files to train on")
     return _absolute_paths(recipe, folder_of)

@@ -196,6 +196,22 @@ def train(
         train_rows, eval_rows: rows in memory (mappings, or a `datasets.Dataset`) in place of the recipe's files.
         quiet: no progress on standard error.
 
+    >>> import tempfile
+    >>> layer = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    >>> recipe = Recipe.from_mapping({
+    ...     "model": {"init": {"architecture": "llama", "max_position_embeddings": 32, **layer}, "device": "cpu"},
+    ...     "tokenizer": {"train": {"kind": "character"}},
+    ...     "data": {},
+    ...     "training": {"max_steps": 2},
+    ...     "output_dir": f"{tempfile.mkdtemp()}/run",
+    ... })
+    >>> gold = [{"prompt": "1 + 1 = ", "completion": "2"}]
+    >>> result = train(recipe, train_rows=gold, quiet=True)
+    >>> result.training.steps, result.model_dir.name
+    (2, 'model')
+    >>> train(recipe, train_rows=gold, quiet=True).already_finished
+    True
+
     Raises:
         GoldsmithError: each kind with its own exit code; see `goldsmith.errors`.
     """
@@ -416,7 +432,7 @@ def _stored_recipe(recipe: Recipe, folder: Path) -> Recipe | None:
             )
         return None
     try:
-        stored = load_recipe(path)
+        stored = load_recipe(path, of_run=True)
     except ConfigError as error:
         raise MachineError(
             f"{folder}: not a run of this goldsmith: {error.message}", remedy="choose another output_dir"
