@@ -42,9 +42,10 @@ def without_code(text: str) -> str:
 
 
 def anchors(text: str) -> set[str]:
-    """Of its headings, as mkdocs and GitHub both make them of plain words."""
+    """Those that it names itself, and of its headings, as mkdocs and GitHub both make them of plain words."""
+    named = set(re.findall(r'<a (?:id|name)="([^"]+)"', text))
     headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
-    return {re.sub(r"[ -]+", "-", re.sub(r"[^\w -]", "", heading.lower())).strip("-") for heading in headings}
+    return named | {re.sub(r"[ -]+", "-", re.sub(r"[^\w -]", "", heading.lower())).strip("-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", [*PAGES, REPOSITORY / "README.md"], ids=lambda page: page.name)
