@@ -8,15 +8,17 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUNTIME := .venv/.goldsmith-runtime
 DEVELOPMENT := .venv/.goldsmith-development
+DOCUMENTATION := .venv/.goldsmith-documentation
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-lm-eval faults invariance clean
+.PHONY: help demo test lint format docs bench bench-lm-eval faults invariance clean
 
 help:
 	@echo "make demo        train on real gold in two minutes, and look at the result"
 	@echo "make test        ruff, mypy, import-linter, pytest with doctests"
 	@echo "make format      let ruff mend what it can"
+	@echo "make docs        the documentation as a site, into site/"
 	@echo "make bench       speed and memory beside a plain loop"
 	@echo "make bench-lm-eval  log P and speed beside lm-evaluation-harness"
 	@echo "make faults      the long campaign of kills and cuts"
@@ -39,6 +41,9 @@ format: $(DEVELOPMENT)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(DOCUMENTATION)
+	$(BIN)/mkdocs build --strict
+
 bench: $(DEVELOPMENT)
 	$(BIN)/python benchmarks/run.py
 
@@ -55,7 +60,7 @@ invariance: $(DEVELOPMENT)
 	GOLDSMITH_SHARD=$(SHARD) $(BIN)/python -m pytest tests/invariance tests/golden -s -m '' $(ARGS)
 
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info
+	rm -rf .venv build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 # What runs `goldsmith`, and in addition what tests it. The stamps are written last: an install that was cut off is done again.
@@ -67,6 +72,11 @@ $(RUNTIME): pyproject.toml | $(BIN)/pip
 $(DEVELOPMENT): pyproject.toml | $(BIN)/pip
 	@echo "Installing goldsmith and its development tools into .venv (some minutes on the first run)"
 	@$(PIP) install --quiet --editable '.[demo,dev]'
+	@touch $@ $(RUNTIME)
+
+$(DOCUMENTATION): pyproject.toml | $(BIN)/pip
+	@echo "Installing goldsmith and what builds its documentation into .venv (some minutes on the first run)"
+	@$(PIP) install --quiet --editable '.[demo,docs]'
 	@touch $@ $(RUNTIME)
 
 # pip is the last file that `python -m venv` writes. What is missing is said in one line.

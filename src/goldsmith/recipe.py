@@ -42,6 +42,7 @@ from goldsmith.objective.cross_entropy import ObjectiveConfig
 from goldsmith.report.page import ReportConfig
 from goldsmith.training.checkpoint import CheckpointConfig
 from goldsmith.training.optimizer import OptimizerConfig
+from goldsmith.training.trackers.config import TrackerConfigs
 from goldsmith.training.trainer import EvaluationConfig, TrainingConfig
 
 __all__ = ["Recipe", "load_recipe"]
@@ -81,6 +82,9 @@ class Recipe(BaseModel):
     report: ReportConfig = Field(
         default_factory=ReportConfig, description="what is scored to be shown token by token, before and after"
     )
+    trackers: TrackerConfigs = Field(
+        default=[], description="who else is told of steps and evaluations: names, or mappings with a `name`"
+    )
     output_dir: str = Field(default="runs/run", min_length=1, description="the run folder")
 
     @model_validator(mode="after")
@@ -116,6 +120,10 @@ class Recipe(BaseModel):
             values: nested mappings, as the YAML would give them.
             name: what errors call it.
 
+        >>> recipe = Recipe.from_mapping({"model": {"path": "owner/name"}, "data": {"train": "train.jsonl"}})
+        >>> recipe.model.path, recipe.data.train[0].repeat
+        ('owner/name', 1.0)
+
         Raises:
             ConfigError: an unknown key, a missing one, or a value of the wrong type.
         """
@@ -141,6 +149,10 @@ class Recipe(BaseModel):
             default_flow_style=False,
         )
 
+    def settings(self) -> dict[str, Any]:
+        """Dotted key -> value of every leaf, defaults included; an empty list or mapping is a leaf."""
+        return {_dotted(key): value for key, value in _leaves(self.model_dump(mode="json"))}
+
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
         """Dotted key -> (this recipe's value, the other's) of each leaf that differs; None where one lacks the key."""
         mine, others = dict(_leaves(self.model_dump(mode="json"))), dict(_leaves(other.model_dump(mode="json")))
@@ -151,12 +163,20 @@ class Recipe(BaseModel):
         }
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, of_run: bool = False) -> Recipe:
     """Read a recipe, apply `key=value` overrides in order, check everything, and make its paths absolute.
 
     Args:
         path: the YAML file.
         overrides: such as `optimizer.learning_rate=1e-4` or `data.train.0.path=other.jsonl`; the value is read as YAML.
+        of_run: the resolved recipe in a run folder; it names no rows where the run was given its rows from Python.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "french.yaml"
+    >>> _ = file.write_text("model: {path: owner/name}\\ndata: {train: train.jsonl}\\n")
+    >>> recipe = load_recipe(file, ["optimizer.learning_rate=1e-4"])
+    >>> recipe.optimizer.learning_rate, recipe.training.batch_size, Path(recipe.data.train[0].path).name
+    (0.0001, 64, 'train.jsonl')
 
     Raises:
         ConfigError: no such file, not a recipe, an unknown key (with the nearest known one), a missing key, or a value
@@ -189,7 +209,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         return Path.cwd() if typed or key == ("output_dir",) else file.resolve().parent
 
     recipe = _validated(document)
-    if not recipe.data.train:
+    if not recipe.data.train and not of_run:
         place = document.place(("data", "train"))
         raise ConfigError(f"{place}: data.train: missing, and it has no default", remedy="name the files to train on")
     return _absolute_paths(recipe, folder_of)

@@ -61,7 +61,7 @@ def test_the_recipe_trains_and_the_result_is_used_with_transformers(
     result = CliRunner().invoke(app, ["train", "recipe.yaml", "--json", "--set", "model.device=cpu"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["output_dir"] == str(tmp_path / "runs" / "french")
-    listed = re.findall(r"^\| `([\w.]+)/?` \| ", readme, re.MULTILINE)
+    listed = re.findall(r"^\| `([\w.-]+)/?` \| ", readme, re.MULTILINE)
     assert {path.name for path in (tmp_path / "runs" / "french").iterdir() if path.name != ".lock"} - {
         "tokenizer"
     } == set(listed)

@@ -327,6 +327,15 @@ def test_rows_in_memory(settings: dict[str, Any], here: Path, given: Callable[[A
     assert train(settings, train_rows=given(GOLD), eval_rows=given(HELD_OUT)).already_finished
 
 
+def test_a_run_whose_recipe_names_no_rows_is_found_again(settings: dict[str, Any]) -> None:
+    settings["data"] = {}
+    result = train(settings, train_rows=GOLD)
+    assert train(settings, train_rows=GOLD).already_finished
+    assert goldsmith.score(str(result.output_dir), GOLD[:3]).num_examples == 3
+    with pytest.raises(ConfigError, match="no rows were given"):
+        train({**settings, "output_dir": "runs/other"})
+
+
 def test_rows_in_memory_resume_and_other_rows_are_refused(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,7 +102,7 @@ def test_a_recipe_is_frozen(load: Load) -> None:
         ("outputdir: x\n", ":3", "outputdir", "`output_dir`"),
         ("adapters: {kind: lora}\n", ":3", "adapters", "`adapter`"),
         # keys of rooms that do not exist yet
-        ("trackers: []\n", ":3", "trackers", "known here: model, "),
+        ("synthesis: []\n", ":3", "synthesis", "known here: model, "),
     ],
 )
 def test_unknown_key(load: Load, text: str, place: str, key: str, nearest: str) -> None:

@@ -144,6 +144,12 @@ def score_from_json(row: object, *, place: str) -> TokenScores:
 def read_scores(path: str | Path) -> list[TokenScores]:
     """The rows of a score file, in its order; blank lines are passed over.
 
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "scores.jsonl"
+    >>> _ = file.write_text('{"example_id": "a", "log_prob": -1.5}\\n')
+    >>> [(score.example_id, score.log_prob, score.tokens) for score in read_scores(file)]
+    [('a', -1.5, None)]
+
     Raises:
         DataError: no such file, no rows, or a row that is wrong: invalid JSON, a field that `score_from_json` refuses,
             or an example id that an earlier line has; each names file, line, field and value.

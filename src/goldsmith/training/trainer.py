@@ -41,6 +41,7 @@ from goldsmith.training.metrics import peak_memory_bytes, read_evaluations, tota
 from goldsmith.training.optimizer import OptimizerConfig, build_optimizer, learning_rate, set_learning_rate
 from goldsmith.training.progress import NoProgress, ProgressReporter
 from goldsmith.training.step_memory import StepMemory
+from goldsmith.training.trackers.following import Following
 from goldsmith.training.update_in_backward import UpdateInBackward, require_one_microbatch
 
 __all__ = ["EvaluationConfig", "Trainer", "TrainingConfig", "TrainingResult", "nll_by_source", "planned_steps"]
@@ -131,6 +132,7 @@ class Trainer:
             for those that are not read yet.
         can_share_contexts: whether the proof found that this model may carry a shared context once.
         progress: told of each step and evaluation; the main process only.
+        trackers: told of each record after it was written; the main process only.
     """
 
     def __init__(
@@ -149,6 +151,7 @@ class Trainer:
         stream: ExampleStream | None = None,
         can_share_contexts: bool = True,
         progress: ProgressReporter | None = None,
+        trackers: Following | None = None,
     ) -> None:
         self.model = model
         self.device = model.device
@@ -164,6 +167,7 @@ class Trainer:
         self.total_steps = total_steps
         self.output_dir = output_dir
         self.progress = progress or NoProgress()
+        self.trackers = trackers
         self.parameters = [p for p in model.causal_lm.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(model.causal_lm.named_parameters(), optimizer)
         if optimizer.step_in_backward:
@@ -421,6 +425,8 @@ class Trainer:
                     examples_file.append(*(example.to_json() for example in examples or ()))
                     metrics.flush()
                     fail_point("metrics.append")
+                    if self.trackers is not None:
+                        self.trackers.log(record)
 
             def save() -> None:
                 if metrics is not None and examples_file is not None:
@@ -437,6 +443,9 @@ class Trainer:
             stop_requested = stack.enter_context(stop_on_signals())
             stack.enter_context(self.progress)
             self.progress.start(done=self.state.step, total=self.total_steps)
+            if self.trackers is not None:
+                self.trackers.start(resumed_from=self.state.step, note=self.progress.note)
+                stack.callback(self.trackers.finish, None)  # of a run that is cut off; a second call says nothing
 
             if self.state.step == 0 and self.evaluation_data is not None:
                 record = self.evaluate(0)
@@ -466,7 +475,10 @@ class Trainer:
                         f"stopped by a signal after step {step} of {self.total_steps}; the checkpoint is written",
                         remedy="the same command goes on from there",
                     )
-        return self.result()
+            result = self.result()
+            if self.trackers is not None:
+                self.trackers.finish(result)
+        return result
 
     def _writers(self, stack: contextlib.ExitStack) -> tuple[JsonLinesWriter, JsonLinesWriter] | tuple[None, None]:
         """metrics.jsonl and examples.jsonl, cut back to the checkpoint; closed with `stack`. Only the main process has them."""

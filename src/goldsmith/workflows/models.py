@@ -112,7 +112,7 @@ def open_model(
     is_checkpoint = (Path(path) / "state.json").is_file()
     run = Path(path).resolve().parent.parent if is_checkpoint else Path(path)
     if (run / "recipe.yaml").is_file():
-        recipe = load_recipe(run / "recipe.yaml")
+        recipe = load_recipe(run / "recipe.yaml", of_run=True)
         rendering = recipe.rendering
         columns = recipe.data.columns or (recipe.data.train[0].columns if recipe.data.train else None)
         folder = str(run / "model")

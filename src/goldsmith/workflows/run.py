@@ -44,6 +44,9 @@ from goldsmith.training.checkpoint import checkpoint_bytes
 from goldsmith.training.memory import format_bytes
 from goldsmith.training.progress import progress_reporter
 from goldsmith.training.result import Parity, check_merged, check_parity, save_adapter, save_model
+from goldsmith.training.trackers.config import require_installed
+from goldsmith.training.trackers.following import Following
+from goldsmith.training.trackers.protocol import RunFacts
 from goldsmith.training.trainer import Trainer, TrainingResult, planned_steps
 from goldsmith.workflows.materials import (
     RowList,
@@ -98,6 +101,7 @@ CHANGEABLE_KEYS = (
     "checkpoint.keep",
     "report.examples",
     "report.alternatives",
+    "trackers",
     "output_dir",
 )
 
@@ -194,6 +198,22 @@ def train(
         train_rows, eval_rows: rows in memory (mappings, or a `datasets.Dataset`) in place of the recipe's files.
         quiet: no progress on standard error.
 
+    >>> import tempfile
+    >>> layer = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    >>> recipe = Recipe.from_mapping({
+    ...     "model": {"init": {"architecture": "llama", "max_position_embeddings": 32, **layer}, "device": "cpu"},
+    ...     "tokenizer": {"train": {"kind": "character"}},
+    ...     "data": {},
+    ...     "training": {"max_steps": 2},
+    ...     "output_dir": f"{tempfile.mkdtemp()}/run",
+    ... })
+    >>> gold = [{"prompt": "1 + 1 = ", "completion": "2"}]
+    >>> result = train(recipe, train_rows=gold, quiet=True)
+    >>> result.training.steps, result.model_dir.name
+    (2, 'model')
+    >>> train(recipe, train_rows=gold, quiet=True).already_finished
+    True
+
     Raises:
         GoldsmithError: each kind with its own exit code; see `goldsmith.errors`.
     """
@@ -242,6 +262,7 @@ def _run(
                     f"evaluation.{key} is {value}, but there is no data.eval to evaluate on",
                     remedy="name held-out files in data.eval, or take the key out",
                 )
+    require_installed(resolved.trackers)
     resolved = _with_revisions(resolved, stored)
     # The model's folder first: a model that is not there should be named as such, and not by its tokenizer.
     own_limit = own_limit_of(resolved)
@@ -327,6 +348,9 @@ def _run(
     _say_memory(trainer, say)
     data_report = _data_report(stream or train_data, eval_data)
     if distributed.is_main():
+        if resolved.trackers:
+            facts = RunFacts(name=folder.name, folder=folder, settings=resolved.settings())
+            trainer.trackers = Following.of(resolved.trackers, facts)
         _require_space(trainer, folder)
         _claim(folder, resolved, tokenizer, data_report, stored=stored is not None, say=say)
         write_atomic(folder / MEMORY, json.dumps(trainer.memory.budget().to_json(), indent=1) + "\n")
@@ -415,7 +439,7 @@ def _stored_recipe(recipe: Recipe, folder: Path) -> Recipe | None:
             )
         return None
     try:
-        stored = load_recipe(path)
+        stored = load_recipe(path, of_run=True)
     except ConfigError as error:
         raise MachineError(
             f"{folder}: not a run of this goldsmith: {error.message}", remedy="choose another output_dir"
@@ -429,7 +453,7 @@ def _stored_recipe(recipe: Recipe, folder: Path) -> Recipe | None:
     differing = {
         key: (ours, theirs)
         for key, (ours, theirs) in recipe.differences(stored).items()
-        if key not in CHANGEABLE_KEYS and not _is_resolved_as(key, ours, theirs, recipe)
+        if not _is_changeable(key) and not _is_resolved_as(key, ours, theirs, recipe)
     }
     if differing:
         lines = "".join(f"\n  {key}: {ours!r} here, {theirs!r} there" for key, (ours, theirs) in differing.items())
@@ -455,6 +479,11 @@ def _compare_machine(recipe: Recipe, stored: Recipe, device: torch.device, say: 
         before, now = getattr(stored.training, key), getattr(recipe.training, key)
         if before != now:
             say(f"training.{key}: {before} before, {now} now; the result will be equal to rounding, not to the bit")
+
+
+def _is_changeable(key: str) -> bool:
+    """Whether a resumed run may have another value there, or within it (`trackers.0.project`)."""
+    return any(key == changeable or key.startswith(f"{changeable}.") for changeable in CHANGEABLE_KEYS)
 
 
 def _is_resolved_as(key: str, ours: Any, theirs: Any, recipe: Recipe) -> bool:
