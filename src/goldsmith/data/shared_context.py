@@ -18,7 +18,14 @@ import torch
 from goldsmith.data.packing import IndexedExamples, pack, plan_microbatches
 from goldsmith.types import PackedBatch
 
-__all__ = ["Segment", "pack_shared", "plan_shared_microbatches", "shareable_length", "shared_segments"]
+__all__ = [
+    "Segment",
+    "pack_shared",
+    "plan_shared_microbatches",
+    "shareable_length",
+    "shared_segments",
+    "sorted_by_prefix",
+]
 
 # Tokens that one shared stretch must save. An attention call over it costs less than computing so many tokens.
 MIN_SAVED_TOKENS = 64
@@ -63,7 +70,7 @@ def shared_segments(
     >>> [(s.start, s.stop, s.parent) for s in shared_segments(rows, [100, 100])]
     [(0, 100, -1), (100, 101, 0), (100, 102, 0)]
     """
-    order, common = _sorted_by_prefix(rows, shareable)
+    order, common = sorted_by_prefix(rows, shareable)
     segments: list[Segment] = []
     # (first, end, depth, parent): rows order[first:end] agree in `depth` tokens, which stand in `parent` and above.
     pending = [(0, len(rows), 0, -1)] if len(rows) else []
@@ -83,7 +90,7 @@ def shared_segments(
     return segments
 
 
-def _sorted_by_prefix(rows: Sequence[TokenIds], shareable: Sequence[int]) -> tuple[list[int], list[int]]:
+def sorted_by_prefix(rows: Sequence[TokenIds], shareable: Sequence[int]) -> tuple[list[int], list[int]]:
     """Rows in the order of what they may share, and how many tokens each may share with the one before it."""
     prefixes = [row[:length] for row, length in zip(rows, shareable, strict=True)]
     order = sorted(range(len(rows)), key=lambda row: (prefixes[row].astype(">i4").tobytes(), row))
