@@ -248,7 +248,8 @@ def _key(
         "split": split,
         "sources": [source.model_dump(mode="json") for source in sources],
         "files": files,
-        "data": config.model_dump(mode="json", exclude={"train", "eval", "cache", "order"}),
+        "data": config.model_dump(mode="json", exclude={"train", "eval", "cache", "order", "max_length"}),
+        # As it is resolved: a run that goes on has the number where the recipe that began it has null.
         "max_length": renderer.max_length,
         "keeps_long_rows": renderer.keeps_long_rows,
         "parts_share_weight": parts_share_weight,

@@ -71,6 +71,8 @@ def shared_segments(
     [(0, 100, -1), (100, 101, 0), (100, 102, 0)]
     """
     order, common = sorted_by_prefix(rows, shareable)
+    if _largest_saving(common) < min_saved:  # most steps of short rows: no tree has to be grown
+        return [Segment(row=row, start=0, stop=len(rows[row]), parent=-1, is_leaf=True) for row in order]
     segments: list[Segment] = []
     # (first, end, depth, parent): rows order[first:end] agree in `depth` tokens, which stand in `parent` and above.
     pending = [(0, len(rows), 0, -1)] if len(rows) else []
@@ -100,6 +102,23 @@ def sorted_by_prefix(rows: Sequence[TokenIds], shareable: Sequence[int]) -> tupl
         differing = np.flatnonzero(prefixes[before][:length] != prefixes[row][:length])
         common.append(int(differing[0]) if len(differing) else length)
     return order, common
+
+
+def _largest_saving(common: Sequence[int]) -> int:
+    """The most tokens that one stretch at the beginning of neighbouring rows saves: the largest rectangle below `common`.
+
+    >>> _largest_saving([0, 3, 1, 5, 4, 0])
+    8
+    """
+    largest = 0
+    rising: list[tuple[int, int]] = []  # (first place, how many tokens), both ascending
+    for place, height in enumerate([*common, 0]):
+        first = place
+        while rising and rising[-1][1] >= height:
+            first, lower = rising.pop()
+            largest = max(largest, lower * (place - first))
+        rising.append((first, height))
+    return largest
 
 
 def plan_shared_microbatches(rows: Sequence[TokenIds], shareable: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -137,6 +156,8 @@ def _within_budget(
 
 
 def _num_tokens(chosen: Sequence[int], rows: Sequence[TokenIds], shareable: Sequence[int]) -> int:
+    if len(chosen) == 1:
+        return len(rows[chosen[0]])
     segments = shared_segments([rows[row] for row in chosen], [shareable[row] for row in chosen])
     return sum(segment.stop - segment.start for segment in segments)
 
