@@ -20,7 +20,7 @@ from goldsmith.training.trainer import Trainer
 from goldsmith.workflows import materials
 from goldsmith.workflows.materials import row_cache_of
 
-QUESTION = "Which of these numbers is the larger one, {} or {}? "
+QUESTION = "{} or {}: which of these two numbers is the larger one? "
 ROWS = [
     {"prompt": QUESTION.format(number, number + 1), "completion": f"{word} {number + 1}."}
     for word in ("It is", "I say", "Surely")
