@@ -17,7 +17,6 @@ from goldsmith.errors import ConfigError, MachineError
 from goldsmith.recipe import Recipe, load_recipe
 from goldsmith.records import MEASURED_FIELDS
 from goldsmith.training.trainer import Trainer
-from goldsmith.workflows import materials
 from goldsmith.workflows.materials import row_cache_of
 
 QUESTION = "{} or {}: which of these two numbers is the larger one? "
@@ -117,7 +116,7 @@ def test_where_rows_are_kept(settings: dict[str, Any], here: Path) -> None:
     assert cache_of(data={"cache": False}) is None
     own = cache_of(data={"cache": True})
     assert own.folder == Path(os.environ["XDG_CACHE_HOME"]) / "goldsmith" / "rows"
-    assert own.min_source_bytes == materials.MIN_SOURCE_BYTES
+    assert own.min_source_bytes == cache_module.MIN_SOURCE_BYTES
     with pytest.raises(ConfigError, match="lies in the run folder"):
         cache_of(data={"cache": "run/kept"})
     from_nothing = {"model": {"init": {"architecture": "llama"}}, "tokenizer": {"train": {"kind": "character"}}}

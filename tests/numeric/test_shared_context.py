@@ -200,6 +200,16 @@ def test_growing_no_tree_gives_what_growing_it_gives(drawn, min_saved):
         assert shared_segments(*given_rows, min_saved=min_saved) == quick
 
 
+@given(
+    drawn=st.lists(st.lists(st.integers(0, 2), max_size=6), max_size=12),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_table_of_prefixes_sorts_as_one_by_one_does(drawn):
+    rows = [np.array([*prefix, 5], dtype=np.int32) for prefix in drawn]
+    lengths = [len(prefix) for prefix in drawn]
+    assert shared_context.sorted_by_prefix(rows, lengths) == shared_context._sorted_one_by_one(rows, lengths)
+
+
 def _leaves(segments, index):
     below = {index}
     for other, segment in enumerate(segments):

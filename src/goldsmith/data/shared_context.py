@@ -30,6 +30,9 @@ __all__ = [
 # Tokens that one shared stretch must save. An attention call over it costs less than computing so many tokens.
 MIN_SAVED_TOKENS = 64
 
+# Tokens of a table of prefixes; more are compared one by one.
+_MOST_IN_TABLE = 1 << 20
+
 TokenIds = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 
@@ -94,6 +97,24 @@ def shared_segments(
 
 def sorted_by_prefix(rows: Sequence[TokenIds], shareable: Sequence[int]) -> tuple[list[int], list[int]]:
     """Rows in the order of what they may share, and how many tokens each may share with the one before it."""
+    if len(rows) * max(shareable, default=0) > _MOST_IN_TABLE:
+        return _sorted_one_by_one(rows, shareable)
+    lengths = np.array(shareable, dtype=np.int64)
+    # One row of the table each, counted from 1; 0 stands behind the end, so that a beginning comes before what goes on.
+    table = np.zeros((len(rows), int(lengths.max(initial=0))), dtype=">u4")
+    if len(rows):
+        prefixes = np.concatenate([row[:length] for row, length in zip(rows, shareable, strict=True)])
+        table[np.arange(table.shape[1]) < lengths[:, None]] = prefixes.astype(np.int64) + 1
+    data, width = table.tobytes(), 4 * table.shape[1]
+    order = sorted(range(len(rows)), key=lambda row: (data[row * width : (row + 1) * width], row))
+    differs = table[order[1:]] != table[order[:-1]]
+    common = np.where(differs.any(axis=1), differs.argmax(axis=1), table.shape[1]) if table.shape[1] else lengths[1:]
+    shorter = np.minimum(lengths[order[1:]], lengths[order[:-1]])
+    return order, [0, *np.minimum(common, shorter).tolist()]
+
+
+def _sorted_one_by_one(rows: Sequence[TokenIds], shareable: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The same without a table, for many long rows."""
     prefixes = [row[:length] for row, length in zip(rows, shareable, strict=True)]
     order = sorted(range(len(rows)), key=lambda row: (prefixes[row].astype(">i4").tobytes(), row))
     common = [0]

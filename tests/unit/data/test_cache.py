@@ -19,6 +19,7 @@ from data_examples import CHATML, learnt
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
+import goldsmith
 from goldsmith.data import cache as cache_module
 from goldsmith.data.cache import RowCache, default_cache_folder, load_cached_dataset, tokenizer_fingerprint
 from goldsmith.data.loader import Dataset, load_dataset
@@ -195,7 +196,7 @@ def test_code_and_versions_are_part_of_the_key(case: Case, monkeypatch: pytest.M
             assert not case.was_hit
             assert len(case.entries) == 2 + number
     with monkeypatch.context() as patch:
-        patch.setattr(cache_module.goldsmith, "__version__", "99.0")
+        patch.setattr(goldsmith, "__version__", "99.0")
         case.load()
         assert not case.was_hit
     case.load()
