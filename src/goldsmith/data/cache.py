@@ -50,7 +50,7 @@ _FREE_SIZES: Final = 4
 _STALE_SECONDS: Final = 24 * 3600
 _LIBRARIES: Final = ("tokenizers", "transformers", "jinja2", "numpy", "pyarrow", "datasets")
 # What a template may write differently each time.
-_CHANGING: Final = re.compile(r"strftime_now|\brandom\b|\blipsum\b")
+_CHANGING: Final = re.compile(r"\|\s*random\b|\blipsum\b")
 # A bound of time may have been met; another day it is not.
 _PASSING_REASONS: Final = frozenset({"refused by the chat template"})
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
@@ -219,7 +219,7 @@ def _key(
     tokenizer = tokenizer_fingerprint(renderer.tokenizer)
     # The text that renders chats; a tokenizer may have several.
     template = json.dumps(renderer.chat_template or renderer.tokenizer.chat_template)
-    if tokenizer is None or (_CHANGING.search(template) and renderer.config.date is None):
+    if tokenizer is None or _CHANGING.search(template) or (renderer.reads_date and renderer.config.date is None):
         return None
     files: list[list[str]] = []
     num_bytes = 0

@@ -230,6 +230,10 @@ def test_chats_by_the_text_of_their_template(
     case.rendering["date"] = "2027-01-01"
     assert_same(case.load(), case.load(cached=False))
     assert not case.was_hit
+    assert len(case.entries) == 4
+    template_file("{{ ['one to draw from'] | random }}" + CHATML)
+    case.load()
+    assert len(case.entries) == 4
 
 
 def test_rows_that_were_refused_by_the_template_are_not_kept(tmp_path: Path, bpe: PreTrainedTokenizerFast) -> None:
