@@ -161,7 +161,8 @@ def main() -> None:
             used = resource.getrusage(resource.RUSAGE_SELF)
             print(
                 f"step {step}: {record.seconds:.2f} s, {record.tokens:,} tokens ({record.gold_tokens:,} gold) in "
-                f"{record.microbatches} micro-batches, {record.tokens_per_second:,.0f} tokens/s; processor "
+                f"{record.microbatches} micro-batches, {record.tokens_per_second:,.0f} tokens/s, "
+                f"waited {1e3 * record.data_seconds:.1f} ms for data ({record.data_seconds / record.seconds:.2%}); processor "
                 f"{used.ru_utime - before.ru_utime:.2f} s, system {used.ru_stime - before.ru_stime:.2f} s, "
                 f"{used.ru_minflt - before.ru_minflt:,} page faults"
             )

@@ -630,7 +630,13 @@ def _absolute_paths(recipe: Recipe, folder_of: Callable[[KeyPath], Path]) -> Rec
                 update={"path": model_folder(recipe.tokenizer.path, ("tokenizer", "path"))}
             ),
             "data": recipe.data.model_copy(
-                update={"train": sources(recipe.data.train, "train"), "eval": sources(recipe.data.eval, "eval")}
+                update={
+                    "train": sources(recipe.data.train, "train"),
+                    "eval": sources(recipe.data.eval, "eval"),
+                    "cache": file(recipe.data.cache, ("data", "cache"))
+                    if isinstance(recipe.data.cache, str)
+                    else recipe.data.cache,
+                }
             ),
             "rendering": recipe.rendering.model_copy(update={"chat_template": template}),
             "output_dir": file(recipe.output_dir, ("output_dir",)),

@@ -17,7 +17,7 @@ __all__ = [
 ]
 
 # Fields of metrics.jsonl that are measured on the machine; every other field is the same after a resume, to the bit.
-MEASURED_FIELDS = ("seconds", "tokens_per_second", "peak_memory_bytes")
+MEASURED_FIELDS = ("seconds", "data_seconds", "tokens_per_second", "peak_memory_bytes")
 
 
 def _plain(value: Any) -> Any:
@@ -53,6 +53,7 @@ class StepRecord(_Record):
         grad_norm: of all gradients together, before clipping.
         update_to_weight: per layer group, norm of the update / norm of the weights.
         seconds, tokens_per_second, peak_memory_bytes: measured.
+        data_seconds: of these seconds, what passed before the model had its next pack: rows drawn, cut into micro-batches, packed.
         tokens_per_microbatch: as it was in this step; smaller than the recipe's where memory did not suffice.
     """
 
@@ -73,6 +74,7 @@ class StepRecord(_Record):
     peak_memory_bytes: int
     tokens_per_microbatch: int
     nll_by_source: dict[str, float] = field(default_factory=dict)
+    data_seconds: float = 0.0
     kind: str = "step"
 
 

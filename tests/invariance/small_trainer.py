@@ -82,6 +82,7 @@ def build_trainer(
     optimizer |= {key: settings.pop(key) for key in list(settings) if key in OptimizerConfig.model_fields}
     every_steps, early_stopping = settings.pop("evaluate_every", None), settings.pop("early_stopping", None)
     checkpoint = CheckpointConfig(every_steps=settings.pop("save_every", None), keep=settings.pop("keep", 2))
+    order = settings.pop("order", "shuffled")
     config = TrainingConfig(**{"epochs": 1, "batch_size": 8, **settings})
     return Trainer(
         model=model or build_model(label_smoothing=label_smoothing),
@@ -94,6 +95,7 @@ def build_trainer(
         checkpoint=checkpoint,
         total_steps=planned_steps(dataset, config),
         output_dir=folder,
+        order=order,
     )
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lift import lifted
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen3Config
 
+from goldsmith.data import shared_context
 from goldsmith.data.packing import pack
 from goldsmith.data.shared_context import (
     MIN_SAVED_TOKENS,
@@ -186,6 +187,27 @@ def test_segments_spell_every_row(drawn):
     PackLayout.plan(
         [segment.stop - segment.start for segment in segments], segment_parents=[s.parent for s in segments]
     )
+
+
+@given(drawn=row_sets, min_saved=st.sampled_from([1, 8, 64, 200]))
+@settings(max_examples=60, deadline=None)
+def test_growing_no_tree_gives_what_growing_it_gives(drawn, min_saved):
+    rows = rows_of(drawn)
+    given_rows = [row.token_ids for row in rows], [shareable_length(row.target_weights) for row in rows]
+    quick = shared_segments(*given_rows, min_saved=min_saved)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_context, "_largest_saving", lambda common: min_saved)
+        assert shared_segments(*given_rows, min_saved=min_saved) == quick
+
+
+@given(
+    drawn=st.lists(st.lists(st.integers(0, 2), max_size=6), max_size=12),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_table_of_prefixes_sorts_as_one_by_one_does(drawn):
+    rows = [np.array([*prefix, 5], dtype=np.int32) for prefix in drawn]
+    lengths = [len(prefix) for prefix in drawn]
+    assert shared_context.sorted_by_prefix(rows, lengths) == shared_context._sorted_one_by_one(rows, lengths)
 
 
 def _leaves(segments, index):

@@ -50,7 +50,7 @@ class ChatRenderer:
         self._controls = controls
         self._template = template
         self._texts = TurnTexts(tokenizer, config, controls, template)
-        self._seen_ends: set[int] = set()
+        self.seen_end_ids: set[int] = set()
         self.num_straddles = 0
         self.num_control_texts = 0
         self.straddling: list[str] = []
@@ -61,7 +61,7 @@ class ChatRenderer:
     def end_token_ids(self) -> set[int]:
         """What ends an assistant's turn, by the template and by the rows rendered so far."""
         names = [self._texts.frame.end_token, *(token for _, token in self._texts.frame.markers.values())]
-        return self._seen_ends | {self._controls.ids[name] for name in names if name}
+        return self.seen_end_ids | {self._controls.ids[name] for name in names if name}
 
     def context(self, conversation: Conversation) -> list[int]:
         """The ids that a server is given before the last assistant turn (after all messages where there is none).
@@ -190,7 +190,7 @@ class ChatRenderer:
         if any(turn.mismatches for turn, *_ in pieces):
             self.mismatching.append(plan.conversation.source)
         ends = (turn for turn, *_ in pieces if turn.message.role == "assistant")
-        self._seen_ends.update(end for turn in ends for end in (turn.end_id, *turn.appended) if end is not None)
+        self.seen_end_ids.update(end for turn in ends for end in (turn.end_id, *turn.appended) if end is not None)
         return drafts
 
     @staticmethod

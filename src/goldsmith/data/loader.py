@@ -134,6 +134,11 @@ class Dataset(Sequence[TokenizedExample]):
         self.sources: list[str] = builder.sources
         self.source_names: list[str] = list(builder.source_names)
         self.source_indices: npt.NDArray[np.int32] = np.array(builder.source_indices, dtype=np.int32)
+        self._sum_weights()
+        self.num_unknown_tokens = 0 if unknown_id is None else int(np.count_nonzero(self.token_ids == unknown_id))
+        self.report = report
+
+    def _sum_weights(self) -> None:
         starts = self.offsets[:-1]
         empty = len(self.example_ids) == 0
         self.weight_sums: npt.NDArray[np.float64] = (
@@ -142,8 +147,30 @@ class Dataset(Sequence[TokenizedExample]):
         self.num_target_tokens: npt.NDArray[np.int64] = (
             np.zeros(0, dtype=np.int64) if empty else np.add.reduceat(self.target_weights > 0, starts, dtype=np.int64)
         )
-        self.num_unknown_tokens = 0 if unknown_id is None else int(np.count_nonzero(self.token_ids == unknown_id))
-        self.report = report
+
+    @classmethod
+    def of_arrays(
+        cls,
+        arrays: Mapping[str, npt.NDArray[Any]],
+        *,
+        example_ids: list[str],
+        sources: list[str],
+        source_names: list[str],
+        num_unknown_tokens: int,
+        report: DataReport,
+    ) -> Dataset:
+        """A data set that was taken apart into what it holds; `arrays` by the names of the attributes, but for what follows from
+        others.
+        """
+        dataset = cls.__new__(cls)
+        for name, array in arrays.items():
+            setattr(dataset, name, array)
+        dataset.offsets = np.concatenate([[0], np.cumsum(dataset.lengths)]).astype(np.int64)
+        dataset.example_ids, dataset.sources, dataset.source_names = example_ids, sources, source_names
+        dataset._sum_weights()
+        dataset.num_unknown_tokens = num_unknown_tokens
+        dataset.report = report
+        return dataset
 
     def __len__(self) -> int:
         return len(self.example_ids)

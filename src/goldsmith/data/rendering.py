@@ -92,6 +92,11 @@ class Renderer:
         return self._template.reads_date
 
     @property
+    def seen_end_ids(self) -> set[int]:
+        """What ended the turns of the chats rendered so far; the cache of rows keeps it, and adds to it what it kept."""
+        return self._chat.seen_end_ids
+
+    @property
     def end_token_ids(self) -> list[int]:
         """What a server has to stop at, ascending: the end token, and what the template ends an assistant's turn with."""
         ends: set[int] = set()

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import IO, Any, Literal, Self, cast
+from typing import IO, Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, field_validator, model_validator
 
@@ -217,6 +217,17 @@ class DataConfig(BaseModel):
         description="stop: nothing is trained while a row is rejected; skip: rejected rows are left out and counted",
     )
 
+    cache: bool | Annotated[str, Field(min_length=1)] = Field(
+        default=True,
+        description="keep tokenised rows, and take them from there where nothing changed: true (in the user's cache folder, if "
+        "the files have 1 MiB or more), false, or a folder",
+    )
+    order: Literal["shuffled", "grouped"] = Field(
+        default="shuffled",
+        description="grouped: rows that begin with the same context meet in a step, which then computes it once: another "
+        "statistical choice than shuffled",
+    )
+
     @field_validator("train", "eval", mode="before")
     @classmethod
     def _as_list(cls, value: object) -> object:
@@ -242,6 +253,8 @@ class DataConfig(BaseModel):
         for source in self.eval:
             if source.streaming and source.limit is None:
                 raise ValueError(f"eval: the streamed source {source.path} needs `limit`: its first rows are held")
+        if streamed and self.order == "grouped":
+            raise ValueError("order: grouped needs all rows at hand, but train is streamed; remove one of the two")
         return self
 
     @property

@@ -18,10 +18,20 @@ import torch
 from goldsmith.data.packing import IndexedExamples, pack, plan_microbatches
 from goldsmith.types import PackedBatch
 
-__all__ = ["Segment", "pack_shared", "plan_shared_microbatches", "shareable_length", "shared_segments"]
+__all__ = [
+    "Segment",
+    "pack_shared",
+    "plan_shared_microbatches",
+    "shareable_length",
+    "shared_segments",
+    "sorted_by_prefix",
+]
 
 # Tokens that one shared stretch must save. An attention call over it costs less than computing so many tokens.
 MIN_SAVED_TOKENS = 64
+
+# Tokens of a table of prefixes; more are compared one by one.
+_MOST_IN_TABLE = 1 << 20
 
 TokenIds = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
@@ -63,7 +73,9 @@ def shared_segments(
     >>> [(s.start, s.stop, s.parent) for s in shared_segments(rows, [100, 100])]
     [(0, 100, -1), (100, 101, 0), (100, 102, 0)]
     """
-    order, common = _sorted_by_prefix(rows, shareable)
+    order, common = sorted_by_prefix(rows, shareable)
+    if _largest_saving(common) < min_saved:  # most steps of short rows: no tree has to be grown
+        return [Segment(row=row, start=0, stop=len(rows[row]), parent=-1, is_leaf=True) for row in order]
     segments: list[Segment] = []
     # (first, end, depth, parent): rows order[first:end] agree in `depth` tokens, which stand in `parent` and above.
     pending = [(0, len(rows), 0, -1)] if len(rows) else []
@@ -83,8 +95,26 @@ def shared_segments(
     return segments
 
 
-def _sorted_by_prefix(rows: Sequence[TokenIds], shareable: Sequence[int]) -> tuple[list[int], list[int]]:
+def sorted_by_prefix(rows: Sequence[TokenIds], shareable: Sequence[int]) -> tuple[list[int], list[int]]:
     """Rows in the order of what they may share, and how many tokens each may share with the one before it."""
+    if len(rows) * max(shareable, default=0) > _MOST_IN_TABLE:
+        return _sorted_one_by_one(rows, shareable)
+    lengths = np.array(shareable, dtype=np.int64)
+    # One row of the table each, counted from 1; 0 stands behind the end, so that a beginning comes before what goes on.
+    table = np.zeros((len(rows), int(lengths.max(initial=0))), dtype=">u4")
+    if len(rows):
+        prefixes = np.concatenate([row[:length] for row, length in zip(rows, shareable, strict=True)])
+        table[np.arange(table.shape[1]) < lengths[:, None]] = prefixes.astype(np.int64) + 1
+    data, width = table.tobytes(), 4 * table.shape[1]
+    order = sorted(range(len(rows)), key=lambda row: (data[row * width : (row + 1) * width], row))
+    differs = table[order[1:]] != table[order[:-1]]
+    common = np.where(differs.any(axis=1), differs.argmax(axis=1), table.shape[1]) if table.shape[1] else lengths[1:]
+    shorter = np.minimum(lengths[order[1:]], lengths[order[:-1]])
+    return order, [0, *np.minimum(common, shorter).tolist()]
+
+
+def _sorted_one_by_one(rows: Sequence[TokenIds], shareable: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The same without a table, for many long rows."""
     prefixes = [row[:length] for row, length in zip(rows, shareable, strict=True)]
     order = sorted(range(len(rows)), key=lambda row: (prefixes[row].astype(">i4").tobytes(), row))
     common = [0]
@@ -93,6 +123,23 @@ def _sorted_by_prefix(rows: Sequence[TokenIds], shareable: Sequence[int]) -> tup
         differing = np.flatnonzero(prefixes[before][:length] != prefixes[row][:length])
         common.append(int(differing[0]) if len(differing) else length)
     return order, common
+
+
+def _largest_saving(common: Sequence[int]) -> int:
+    """The most tokens that one stretch at the beginning of neighbouring rows saves: the largest rectangle below `common`.
+
+    >>> _largest_saving([0, 3, 1, 5, 4, 0])
+    8
+    """
+    largest = 0
+    rising: list[tuple[int, int]] = []  # (first place, how many tokens), both ascending
+    for place, height in enumerate([*common, 0]):
+        first = place
+        while rising and rising[-1][1] >= height:
+            first, lower = rising.pop()
+            largest = max(largest, lower * (place - first))
+        rising.append((first, height))
+    return largest
 
 
 def plan_shared_microbatches(rows: Sequence[TokenIds], shareable: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -130,6 +177,8 @@ def _within_budget(
 
 
 def _num_tokens(chosen: Sequence[int], rows: Sequence[TokenIds], shareable: Sequence[int]) -> int:
+    if len(chosen) == 1:
+        return len(rows[chosen[0]])
     segments = shared_segments([rows[row] for row in chosen], [shareable[row] for row in chosen])
     return sum(segment.stop - segment.start for segment in segments)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -37,6 +38,7 @@ class StepSums:
         weighted_nll_E: nll(i) of each example, nats: token weights are in it, the example's weight is not.
         microbatches: forward passes.
         computed_tokens: tokens of all packs; fewer than the rows have where contexts are shared.
+        data_seconds: what cutting and packing took on this rank.
     """
 
     loss: float
@@ -45,6 +47,7 @@ class StepSums:
     weighted_nll_E: npt.NDArray[np.float64]
     microbatches: int
     computed_tokens: int
+    data_seconds: float
 
 
 def autocast(model: LikelihoodModel) -> torch.autocast:
@@ -118,7 +121,9 @@ def forward_backward(
     weighted_sums: list[torch.Tensor] = []
     weighted: list[torch.Tensor] = []
     places: list[Indices] = []
+    started = time.perf_counter()
     plan = plan_step(data, indices, tokens_per_microbatch=tokens_per_microbatch, shares_contexts=shares_contexts)
+    data_seconds = time.perf_counter() - started
     if updates_in_backward and len(plan) > 1:
         raise ConfigError(
             f"optimizer.step_in_backward: a step of {int(data.lengths[indices].sum()):,} tokens makes {len(plan)} "
@@ -127,7 +132,13 @@ def forward_backward(
         )
     own = plan[distributed.rank() :: distributed.world_size()]
     failed: Indices | None = None
-    for packed, members in _packs(data, indices, own, shares_contexts=shares_contexts):
+    packs = _packs(data, indices, own, shares_contexts=shares_contexts)
+    while True:
+        started = time.perf_counter()
+        packed, members = next(packs, (None, None))
+        data_seconds += time.perf_counter() - started
+        if packed is None or members is None:
+            break
         try:
             batch = packed.to(model.device)
             sums = _differentiate(
@@ -184,6 +195,7 @@ def forward_backward(
         weighted_nll_E=-totals[size : 2 * size].numpy(),
         microbatches=int(totals[-2]),
         computed_tokens=int(totals[-1]),
+        data_seconds=data_seconds,
     )
 
 

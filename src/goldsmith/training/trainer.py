@@ -23,6 +23,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from goldsmith import distributed
+from goldsmith.data.families import family_levels
 from goldsmith.data.loader import Dataset
 from goldsmith.data.order import StepOrder
 from goldsmith.data.stream import ExampleStream
@@ -130,6 +131,7 @@ class Trainer:
         output_dir: the run folder.
         stream: where the training data has no end: what the steps are drawn from; `train` is then its first step, which stands
             for those that are not read yet.
+        order: `data.order` of the recipe: whether rows that begin with the same context meet in a step.
         can_share_contexts: whether the proof found that this model may carry a shared context once.
         progress: told of each step and evaluation; the main process only.
         trackers: told of each record after it was written; the main process only.
@@ -149,6 +151,7 @@ class Trainer:
         total_steps: int,
         output_dir: Path,
         stream: ExampleStream | None = None,
+        order: Literal["shuffled", "grouped"] = "shuffled",
         can_share_contexts: bool = True,
         progress: ProgressReporter | None = None,
         trackers: Following | None = None,
@@ -195,7 +198,7 @@ class Trainer:
             and config.shared_context == "auto"
             and model.shares_contexts(int(train.lengths.max()) if stream is None else stream.longest)
         )
-        self.order = step_order(train, config)
+        self.order = step_order(train, config, order)
 
     # One step
 
@@ -226,6 +229,7 @@ class Trainer:
         """
         started = time.perf_counter()
         epoch, indices = self.examples_of(step)
+        drawn_seconds = time.perf_counter() - started
         rate = learning_rate(self.optimizer_config, step, self.total_steps)
         set_learning_rate(self.optimizer, rate)
         measures = step == 1 or step % self.config.log_update_ratio_every == 0
@@ -257,6 +261,7 @@ class Trainer:
             grad_norm=grad_norm,
             update_to_weight=ratios,
             seconds=seconds,
+            data_seconds=drawn_seconds + sums.data_seconds,
             tokens_per_second=tokens / seconds,
             peak_memory_bytes=peak_memory_bytes(self.device),
             tokens_per_microbatch=self.memory.tokens_per_microbatch,
@@ -543,13 +548,16 @@ def nll_by_source(
     }
 
 
-def step_order(data: Dataset, config: TrainingConfig) -> StepOrder:
+def step_order(data: Dataset, config: TrainingConfig, order: Literal["shuffled", "grouped"] = "shuffled") -> StepOrder:
     """The steps of a run over `data`."""
-    return StepOrder(data.groups, data.repeats, seed=config.seed, batch_size=config.batch_size)
+    levels = None
+    if order == "grouped":
+        levels = family_levels(data, np.flatnonzero(np.diff(data.groups, prepend=-1)))
+    return StepOrder(data.groups, data.repeats, seed=config.seed, batch_size=config.batch_size, levels=levels)
 
 
 def planned_steps(data: Dataset, config: TrainingConfig) -> int:
-    """Updates that `epochs` or `max_steps` ask for, before `max_seconds` is looked at."""
+    """Updates that `epochs` or `max_steps` ask for, before `max_seconds` is looked at. They are as many in any order."""
     return config.max_steps or step_order(data, config).steps_before(config.epochs)
 
 

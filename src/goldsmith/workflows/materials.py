@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from goldsmith.data.cache import MIN_SOURCE_BYTES, RowCache, default_cache_folder, load_cached_dataset
 from goldsmith.data.control_tokens import add_control_tokens
 from goldsmith.data.loader import Dataset, load_dataset, read_texts
 from goldsmith.data.rendering import Renderer
@@ -45,6 +46,7 @@ __all__ = [
     "dataset_of",
     "own_limit_of",
     "renderer_of",
+    "row_cache_of",
     "stream_of",
     "tokenizer_of",
 ]
@@ -102,17 +104,62 @@ def renderer_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: 
     return Renderer(tokenizer, recipe.rendering, max_length, keeps_long_rows=True)
 
 
-def dataset_of(recipe: Recipe, renderer: Renderer, split: Literal["train", "eval"], rows: Rows | None) -> Dataset:
-    """The rows of a split, read and rendered; `rows` in memory take the place of the recipe's files."""
+def dataset_of(
+    recipe: Recipe,
+    renderer: Renderer,
+    split: Literal["train", "eval"],
+    rows: Rows | None,
+    *,
+    note: Callable[[str], None] = lambda line: None,
+) -> Dataset:
+    """The rows of a split, read and rendered, or taken from the cache; `rows` in memory take the place of the recipe's files.
+
+    Args:
+        note: told what the cache had, or could not keep.
+    """
+    share_weight = recipe.objective.normalization == "example"
     sources = recipe.data.train if split == "train" else recipe.data.eval
+    cache = row_cache_of(recipe, note) if rows is None else None
+    if cache is not None:
+        return load_cached_dataset(
+            sources,
+            config=recipe.data,
+            renderer=renderer,
+            split=split,
+            base_folder=Path.cwd(),
+            parts_share_weight=share_weight,
+            cache=cache,
+        )
     return load_dataset(
         sources if rows is None else rows,
         config=recipe.data,
         renderer=renderer,
         base_folder=Path.cwd(),
         split=split,
-        parts_share_weight=recipe.objective.normalization == "example",
+        parts_share_weight=share_weight,
     )
+
+
+def row_cache_of(recipe: Recipe, note: Callable[[str], None]) -> RowCache | None:
+    """Where the recipe keeps tokenised rows; None for nowhere.
+
+    A learnt tokenizer has read every row already, and it need not be the same the next time: then nothing is kept.
+
+    Raises:
+        ConfigError: a folder within the run's.
+    """
+    chosen = recipe.data.cache
+    if chosen is False or recipe.tokenizer.train is not None:
+        return None
+    if chosen is True:
+        return RowCache(folder=default_cache_folder(), min_source_bytes=MIN_SOURCE_BYTES, note=note)
+    folder = Path(chosen)
+    if folder.resolve().is_relative_to(Path(recipe.output_dir).resolve()):
+        raise ConfigError(
+            f"data.cache: {chosen} lies in the run folder {recipe.output_dir}, which holds what belongs to the run",
+            remedy="choose a folder outside of it, which other runs can use too",
+        )
+    return RowCache(folder=folder, note=note)
 
 
 def stream_of(recipe: Recipe, renderer: Renderer) -> ExampleStream:

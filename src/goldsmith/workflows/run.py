@@ -99,6 +99,7 @@ CHANGEABLE_KEYS = (
     "optimizer.step_in_backward",
     "checkpoint.every_steps",
     "checkpoint.keep",
+    "data.cache",
     "report.examples",
     "report.alternatives",
     "trackers",
@@ -276,7 +277,7 @@ def _run(
         say(f"the chat template writes the date: rendering.date is {resolved.rendering.date}")
     stream = stream_of(resolved, renderer) if resolved.data.is_streamed and train_rows is None else None
     if stream is None:
-        train_data = dataset_of(resolved, renderer, "train", train_rows)
+        train_data = dataset_of(resolved, renderer, "train", train_rows, note=say)
         say(f"training data: {train_data.report.used:,} of {train_data.report.rows_in:,} rows, "
             f"{train_data.report.gold_tokens:,} gold of {train_data.report.tokens:,} tokens")  # fmt: skip
     else:
@@ -288,7 +289,7 @@ def _run(
     _say_unknown(say, train_data, "training data")
     eval_data = None
     if resolved.data.eval or eval_rows is not None:
-        eval_data = dataset_of(resolved, renderer, "eval", eval_rows)
+        eval_data = dataset_of(resolved, renderer, "eval", eval_rows, note=say)
         say(f"held-out data: {eval_data.report.used:,} of {eval_data.report.rows_in:,} rows")
         _say_formats(say, eval_data)
         _say_losses(say, eval_data.report, "held-out data")
@@ -333,6 +334,7 @@ def _run(
         total_steps=resolved.training.max_steps or planned_steps(train_data, resolved.training),
         output_dir=folder,
         stream=stream,
+        order=resolved.data.order,
         can_share_contexts=proof.shares_contexts,
         progress=progress_reporter(quiet=quiet) if distributed.is_main() else None,
     )

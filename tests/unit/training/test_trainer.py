@@ -551,3 +551,61 @@ def test_a_rank_may_have_nothing_to_do(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     sums = trainer.forward_backward(np.array([3]))
     assert (sums.loss, sums.microbatches) == (0.0, 0)
+
+
+def families(num_families: int, size: int) -> Dataset:
+    """Rows of `size` answers to each question, far apart from each other in the data."""
+    rng = np.random.default_rng(0)
+    questions = [rng.integers(0, 30, 40) for _ in range(num_families)]
+    rows = []
+    for answer in range(size):
+        for number, question in enumerate(questions):
+            gold = rng.integers(0, 30, 3)
+            rows.append(
+                TokenizedExample(
+                    token_ids=np.concatenate([question, gold]).astype(np.int32),
+                    target_weights=np.array([0.0] * 40 + [1.0] * 3, dtype=np.float32),
+                    example_id=f"{number}/{answer}",
+                    example_weight=1.0,
+                    source=f"rows:{len(rows)}",
+                    num_bytes=0,
+                )
+            )
+    return Dataset(rows)
+
+
+def test_rows_of_one_context_meet_in_a_step_and_share_it(tmp_path: Path) -> None:
+    saved = {}
+    for order in ("shuffled", "grouped"):
+        build_trainer(tmp_path / order, families(8, 3), epochs=2, batch_size=6, order=order).train()
+        steps = records(tmp_path / order, "step")
+        saved[order] = sum(step["shared_tokens"] for step in steps)
+        lines = [json.loads(line) for line in (tmp_path / order / "examples.jsonl").read_text().splitlines()]
+        for epoch in (0, 1):
+            assert len({line["example_id"] for line in lines if line["epoch"] == epoch}) == 24
+        assert all(0 < step["data_seconds"] < step["seconds"] for step in steps)
+    # Two of three answers find their question computed, in every step.
+    assert saved["grouped"] == 2 * 8 * 2 * 40
+    assert saved["shuffled"] < saved["grouped"] / 2
+
+
+def test_a_grouped_run_resumes_to_the_bit(tmp_path: Path) -> None:
+    data = families(8, 3)
+    whole = build_trainer(tmp_path / "whole", data, epochs=2, batch_size=5, order="grouped")
+    whole.train()
+    stopped = build_trainer(tmp_path / "cut", data, epochs=2, batch_size=5, order="grouped", save_every=3)
+    own = stopped.train_step
+
+    def until_step_8(step: int) -> Any:
+        if step == 8:
+            raise KeyboardInterrupt
+        return own(step)
+
+    stopped.train_step = until_step_8  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    resumed = build_trainer(tmp_path / "cut", data, epochs=2, batch_size=5, order="grouped", save_every=3)
+    resumed.train()
+    expected, found = weights(whole), weights(resumed)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert (tmp_path / "cut" / "examples.jsonl").read_text() == (tmp_path / "whole" / "examples.jsonl").read_text()
