@@ -29,7 +29,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-import goldsmith
 from goldsmith.data.loader import Dataset, load_dataset
 from goldsmith.data.rendering import Renderer
 from goldsmith.data.rows import DataConfig, SourceConfig, source_files
@@ -241,7 +240,7 @@ def _key(
         return None
     parts = {
         "schema": _SCHEMA,
-        "goldsmith": goldsmith.__version__,
+        "goldsmith": metadata.version("goldsmith"),
         "code": _code_fingerprint(),
         "python": platform.python_version(),
         "libraries": {name: _version(name) for name in _LIBRARIES},
