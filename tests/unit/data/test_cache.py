@@ -19,7 +19,6 @@ from data_examples import CHATML, learnt
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-import goldsmith
 from goldsmith.data import cache as cache_module
 from goldsmith.data.cache import RowCache, default_cache_folder, load_cached_dataset, tokenizer_fingerprint
 from goldsmith.data.loader import Dataset, load_dataset
@@ -196,7 +195,8 @@ def test_code_and_versions_are_part_of_the_key(case: Case, monkeypatch: pytest.M
             assert not case.was_hit
             assert len(case.entries) == 2 + number
     with monkeypatch.context() as patch:
-        patch.setattr(goldsmith, "__version__", "99.0")
+        real = cache_module.metadata.version
+        patch.setattr(cache_module.metadata, "version", lambda name: "99.0" if name == "goldsmith" else real(name))
         case.load()
         assert not case.was_hit
     case.load()
