@@ -6,6 +6,7 @@ import doctest
 import importlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -112,12 +113,18 @@ for start in range(0, len(runs), 3):
 def test_litgpt_does_the_same_work(
     harness: dict[str, ModuleType], work: Path, lora_work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In its own environment, with micro-batches of two rows, of which it takes the mean of means when left alone."""
+    """In its own environment, with micro-batches of a row, of which it takes the mean of means when left alone.
+
+    Four steps at a rate at which they part by 0.004 nats or more where it does not clip, ties or weigh as the others do.
+    """
     run = harness["run"]
     if (reason := run.unavailable("litgpt")) is not None:
         pytest.skip(f"waits for LitGPT: {reason}")
-    works = {"full": work, "lora": lora_work}
-    setting = json.dumps({"rows_per_microbatch": 2, "steps": None})
+    fast = shutil.copytree(work, tmp_path / "fast")
+    facts = json.loads((work / "work.json").read_text())
+    (fast / "work.json").write_text(json.dumps({**facts, "learning_rate": 0.01, "batch_size": 2}))
+    works = {"full": fast, "lora": lora_work}
+    setting = json.dumps({"rows_per_microbatch": 1, "steps": None})
     arguments = [(str(folder), setting, str(tmp_path / f"litgpt-{kind}.json")) for kind, folder in works.items()]
     code, output, _ = run.run_python(
         run.interpreter("litgpt"), ["-c", SEVERAL_RUNS, *sum(arguments, ())], environment=dict(os.environ)
@@ -127,8 +134,8 @@ def test_litgpt_does_the_same_work(
         expected = _child_result(harness, "system_plain", folder, {"rows_per_microbatch": 4}, tmp_path, monkeypatch)
         result = json.loads((tmp_path / f"litgpt-{kind}.json").read_text())
         assert result["outcome"] == "done"
-        assert len(result["losses"]) == len(result["step_seconds"]) == 2
-        np.testing.assert_allclose(result["losses"], expected["losses"], atol=2e-5 if kind == "full" else 1e-3)
+        assert len(result["losses"]) == len(result["step_seconds"]) == (4 if kind == "full" else 2)
+        np.testing.assert_allclose(result["losses"], expected["losses"], atol=1e-4 if kind == "full" else 1e-3)
         assert result["losses"][1] < result["losses"][0]
         assert result["notes"]["nats by which its own loss, a mean of means, was off"] > 1e-3
         assert (result["tokens"], result["gold_tokens"]) == (expected["tokens"], expected["gold_tokens"])
