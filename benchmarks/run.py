@@ -1,8 +1,8 @@
 """Speed and memory of goldsmith beside its peers, on the same rows, in the same run: `make bench`. See README.md.
 
     .venv/bin/python benchmarks/run.py                                   gsm8k-135m beside the plain loop
-    .venv/bin/python benchmarks/run.py --install trl                     an environment for TRL
-    .venv/bin/python benchmarks/run.py --workload all --systems goldsmith,plain,trl
+    .venv/bin/python benchmarks/run.py --install trl                     an environment for TRL; litgpt: for LitGPT
+    .venv/bin/python benchmarks/run.py --workload all --systems goldsmith,plain,trl,litgpt
 
 Each system runs in a process and an environment of its own, one at a time and in turn. Standard library only, so that
 the harness takes no memory or time from what it measures.
@@ -30,7 +30,8 @@ from workloads import WORKLOADS, Workload
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
-TRL_ENVIRONMENT = HERE / ".venv-trl"
+# What is installed, beside the torch of goldsmith, for a system that has an environment of its own.
+PEERS = {"trl": ("trl", "peft"), "litgpt": ("litgpt",)}
 # Left to everything else on the machine when a system's memory is limited.
 RESERVED_BYTES = 600 * 2**20
 
@@ -40,9 +41,13 @@ Json = dict[str, Any]
 # Systems: the interpreter of each, and the settings that are tried
 
 
+def environment_of(peer: str) -> Path:
+    return HERE / f".venv-{peer}"
+
+
 def interpreter(system: str) -> Path:
     """The Python that has the system installed."""
-    return TRL_ENVIRONMENT / "bin" / "python" if system == "trl" else Path(sys.executable)
+    return environment_of(system) / "bin" / "python" if system in PEERS else Path(sys.executable)
 
 
 def unavailable(system: str) -> str | None:
@@ -57,7 +62,7 @@ def settings_of(system: str, workload: Workload, tokens_per_microbatch: int | No
     if system == "goldsmith":
         return [{"tokens_per_microbatch": tokens_per_microbatch or workload.tokens_per_microbatch}]
     padded: list[Json] = [{"rows_per_microbatch": rows} for rows in workload.rows_per_microbatch]
-    if system == "plain":
+    if system in ("plain", "litgpt"):
         return padded
     whole = {"rows_per_microbatch": workload.batch_size}
     return [*padded, {**whole, "padding_free": True}, {**whole, "gradient_checkpointing": True}]
@@ -67,17 +72,19 @@ SYSTEMS: dict[str, str] = {
     "goldsmith": "system_goldsmith.py",
     "plain": "system_plain.py",
     "trl": "system_trl.py",
+    "litgpt": "system_litgpt.py",
 }
 
 
 def install(system: str) -> None:
     """An environment of its own for a peer, with the same torch as goldsmith's."""
-    if system != "trl":
-        raise SystemExit(f"nothing to install for {system!r}")
-    if not (TRL_ENVIRONMENT / "bin" / "pip").is_file():
-        subprocess.run([sys.executable, "-m", "venv", str(TRL_ENVIRONMENT)], check=True)
+    if system not in PEERS:
+        raise SystemExit(f"nothing to install for {system!r}; there is: {', '.join(PEERS)}")
+    pip = environment_of(system) / "bin" / "pip"
+    if not pip.is_file():
+        subprocess.run([sys.executable, "-m", "venv", str(environment_of(system))], check=True)
     torch = f"torch=={metadata.version('torch').partition('+')[0]}"
-    subprocess.run([str(TRL_ENVIRONMENT / "bin" / "pip"), "install", "--upgrade", "trl", "peft", torch], check=True)
+    subprocess.run([str(pip), "install", "--upgrade", *PEERS[system], torch], check=True)
 
 
 # One run
@@ -124,6 +131,7 @@ def run_system(
             result = {"outcome": f"failed with exit code {code}", "output": output[-4000:]}
             print(output[-4000:], file=sys.stderr)
     result["setting"] = setting
+    result["memory_limit_bytes"] = limit
     result["foreign_cores"] = result["stolen_cores"] = None
     if before is not None and after is not None:
         result["foreign_cores"], result["stolen_cores"] = after.since(before, own_seconds)

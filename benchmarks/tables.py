@@ -32,8 +32,10 @@ def summarise(result: Mapping[str, Any]) -> dict[str, Json]:
     The reference is goldsmith, or the first system where goldsmith is not among them. A ratio is taken within each
     round, of runs that follow one another; the median of the rounds is what counts.
 
+    A system of which no setting could be measured has its outcomes.
+
     Args:
-        result: `workload` (`useful_flops`, `num_tokens`, ...) and `rounds`, each with `matmul` and `runs` by system.
+        result: `workload` (`useful_flops`, `num_tokens`, ...), `trials` and `rounds`, each with `matmul` and `runs` by system.
     """
     rounds: Sequence[Mapping[str, Any]] = result["rounds"]
     systems = list(dict.fromkeys(name for entry in rounds for name in entry["runs"]))
@@ -62,6 +64,7 @@ def summarise(result: Mapping[str, Any]) -> dict[str, Json]:
             "rounds": len(runs),
             "seconds": seconds,
             "tokens_per_second": result["workload"]["num_tokens"] / seconds,
+            "rows_per_second": result["workload"]["num_rows"] / seconds,
             "peak_bytes": median(run["peak_bytes"] for run in runs),
             "peak_gpu_bytes": median(run["peak_gpu_bytes"] for run in runs) if "peak_gpu_bytes" in runs[0] else None,
             "fraction_of_matmul_rate": median(
@@ -77,6 +80,9 @@ def summarise(result: Mapping[str, Any]) -> dict[str, Json]:
             "most_foreign_cores": max(foreign) if foreign else None,
             "is_disturbed": bool(foreign) and max(foreign) > DISTURBED_CORES,
         }
+    for name in dict.fromkeys(trial["system"] for trial in result["trials"] if trial["system"] not in summary):
+        outcomes = {trial["outcome"] for trial in result["trials"] if trial["system"] == name}
+        summary[name] = {"outcome": f"in every setting: {', '.join(sorted(outcomes))}"}
     return summary
 
 
@@ -104,7 +110,8 @@ def to_markdown(result: Mapping[str, Any]) -> str:
         f"- shape: {work['shape']['architecture']}, {work['parameters'] / 1e6:.1f} M parameters, random weights, "
         f"vocabulary {work['shape']['vocab_size']:,}",
         f"- rows: {work['num_rows']} ({work['origin']}), {work['num_tokens']:,} tokens, {work['num_gold_tokens']:,} of them "
-        f"gold, the longest row {work['longest_row']:,}; {work['num_steps']} steps of {work['batch_size']} rows",
+        f"gold, the longest row {work['longest_row']:,}; {work['num_steps']} steps of {work['batch_size']} rows; "
+        f"of what a loop computes that pads each step to its longest row, {work['padding']:.1%} is padding",
         f"- matrix products, measured before each round: {', '.join(f'{rate:.1f}' for rate in matmul)} GFLOP/s",
         f"- {len(result['rounds'])} rounds, systems in turn, each in a process of its own",
     ]
@@ -114,13 +121,13 @@ def to_markdown(result: Mapping[str, Any]) -> str:
         lines.append(f"- {result['note']}")
     lines += [
         "",
-        "| system | setting | seconds | tokens/s | of the matmul rate | peak memory | times as slow | memory, "
+        "| system | setting | seconds | rows/s | tokens/s | of the matmul rate | peak memory | times as slow | memory, "
         f"{reference} over it | |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---|",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for name, row in summary.items():
         if row["outcome"] != "done":
-            lines.append(f"| {name} | | | | | | | | {row['outcome']} |")
+            lines.append(f"| {name} | | | | | | | | | {row['outcome']} |")
             continue
         marks = []
         if row["is_void"]:
@@ -129,7 +136,8 @@ def to_markdown(result: Mapping[str, Any]) -> str:
             marks.append(f"disturbed: {row['most_foreign_cores']:.2f} cores busy elsewhere")
         marks += [f"{note}: {value:,}" for note, value in row["notes"].items() if value]
         lines.append(
-            f"| {name} | {setting_text(row['setting'])} | {row['seconds']:.1f} | {row['tokens_per_second']:,.0f} | "
+            f"| {name} | {setting_text(row['setting'])} | {row['seconds']:.1f} | "
+            f"{_rate(row['rows_per_second'])} | {row['tokens_per_second']:,.0f} | "
             f"{row['fraction_of_matmul_rate']:.0%} | {row['peak_bytes'] / 1e9:.2f} GB | "
             f"{_number(row['seconds_over_reference'])} | {_number(row['reference_memory_over_own'])} | {'; '.join(marks)} |"
         )
@@ -156,7 +164,7 @@ def to_markdown(result: Mapping[str, Any]) -> str:
             figures = (
                 f"{trial['seconds']:.1f} | {trial['peak_bytes'] / 1e9:.2f} GB"
                 if trial["outcome"] == "done"
-                else f"{trial['outcome']} |"
+                else f"{_failure(trial)} |"
             )
             lines.append(f"| {trial['system']} | {setting_text(trial['setting'])} | {figures} |")
     lines += ["", "Versions: " + "; ".join(_versions(result)) + ".", ""]
@@ -172,6 +180,25 @@ def setting_text(setting: Mapping[str, Any]) -> str:
         elif value is not False:
             parts.append(f"{key} {value}")
     return ", ".join(parts)
+
+
+def _rate(value: float) -> str:
+    """
+    >>> _rate(0.8312), _rate(31.4159), _rate(1551.2)
+    ('0.83', '31.4', '1,551')
+    """
+    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def _failure(trial: Mapping[str, Any]) -> str:
+    """
+    >>> _failure({"outcome": "out of memory", "memory_limit_bytes": 22_600_000_000})
+    'out of memory, of which it had 22.6 GB'
+    """
+    limit = trial.get("memory_limit_bytes")
+    if trial["outcome"] != "out of memory" or limit is None:
+        return str(trial["outcome"])
+    return f"out of memory, of which it had {limit / 1e9:.1f} GB"
 
 
 def _number(value: float | None) -> str:

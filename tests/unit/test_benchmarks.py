@@ -5,8 +5,11 @@ from __future__ import annotations
 import doctest
 import importlib
 import json
+import os
+import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -51,6 +54,25 @@ def test_doctests(harness: dict[str, ModuleType]) -> None:
     assert sum(result.failed for result in results) == 0
 
 
+def _child_result(
+    harness: dict[str, ModuleType],
+    name: str,
+    work: Path,
+    setting: dict[str, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> dict[str, Any]:
+    """The result file of a system's program, run in this process and so without a limit of memory."""
+    child = harness["child"]
+    monkeypatch.setattr(child, "_limit_memory", lambda _limit: None)
+    result_file = tmp_path / f"{name}.json"
+    arguments = [name, str(work), json.dumps({**setting, "steps": None}), str(result_file)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    child.run_child(harness[name].train, ["torch"])
+    result: dict[str, Any] = json.loads(result_file.read_text())
+    return result
+
+
 @pytest.mark.parametrize("kind", ["work", "lora_work"])
 @pytest.mark.parametrize(
     "system", [("system_goldsmith", {"tokens_per_microbatch": 300}), ("system_plain", {"rows_per_microbatch": 1})]
@@ -65,19 +87,8 @@ def test_systems_do_the_same_work(
 ) -> None:
     """Each child's result file is complete, and its losses are those of the plain loop with the whole step at once."""
     work: Path = request.getfixturevalue(kind)
-    child = harness["child"]
-    monkeypatch.setattr(child, "_limit_memory", lambda _limit: None)
-
-    def losses(name: str, setting: dict[str, int]) -> dict[str, Any]:
-        result_file = tmp_path / f"{name}.json"
-        arguments = [name, str(work), json.dumps({**setting, "steps": None}), str(result_file)]
-        monkeypatch.setattr(sys, "argv", arguments)
-        child.run_child(harness[name].train, ["torch"])
-        result: dict[str, Any] = json.loads(result_file.read_text())
-        return result
-
-    expected = losses("system_plain", {"rows_per_microbatch": 4})
-    result = losses(*system)
+    expected = _child_result(harness, "system_plain", work, {"rows_per_microbatch": 4}, tmp_path, monkeypatch)
+    result = _child_result(harness, system[0], work, system[1], tmp_path, monkeypatch)
     facts = json.loads((work / "work.json").read_text())
     assert result["outcome"] == "done"
     assert len(result["losses"]) == len(result["step_seconds"]) == facts["num_steps"] == 2
@@ -87,6 +98,48 @@ def test_systems_do_the_same_work(
     assert result["seconds"] == pytest.approx(sum(result["step_seconds"]))
     assert (result["tokens"], result["gold_tokens"]) == (facts["num_tokens"], facts["num_gold_tokens"])
     assert result["peak_bytes"] > 50e6
+
+
+# As the harness starts it, but the libraries are imported once: `python -c PROGRAM [WORK_FOLDER SETTING_JSON RESULT_FILE]...`
+SEVERAL_RUNS = """
+import runpy, sys
+runs = sys.argv[1:]
+for start in range(0, len(runs), 3):
+    sys.argv = ["system_litgpt.py", *runs[start : start + 3]]
+    runpy.run_path("system_litgpt.py", run_name="__main__")
+"""
+
+
+def test_litgpt_does_the_same_work(
+    harness: dict[str, ModuleType], work: Path, lora_work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its own environment, with micro-batches of a row, of which it takes the mean of means when left alone.
+
+    Four steps at a rate at which they part by 0.004 nats or more where it does not clip, ties or weigh as the others do.
+    """
+    run = harness["run"]
+    if (reason := run.unavailable("litgpt")) is not None:
+        pytest.skip(f"waits for LitGPT: {reason}")
+    fast = shutil.copytree(work, tmp_path / "fast")
+    facts = json.loads((work / "work.json").read_text())
+    (fast / "work.json").write_text(json.dumps({**facts, "learning_rate": 0.01, "batch_size": 2}))
+    works = {"full": fast, "lora": lora_work}
+    setting = json.dumps({"rows_per_microbatch": 1, "steps": None})
+    arguments = [(str(folder), setting, str(tmp_path / f"litgpt-{kind}.json")) for kind, folder in works.items()]
+    code, output, _ = run.run_python(
+        run.interpreter("litgpt"), ["-c", SEVERAL_RUNS, *sum(arguments, ())], environment=dict(os.environ)
+    )
+    assert code == 0, output
+    for kind, folder in works.items():
+        expected = _child_result(harness, "system_plain", folder, {"rows_per_microbatch": 4}, tmp_path, monkeypatch)
+        result = json.loads((tmp_path / f"litgpt-{kind}.json").read_text())
+        assert result["outcome"] == "done"
+        assert len(result["losses"]) == len(result["step_seconds"]) == (4 if kind == "full" else 2)
+        np.testing.assert_allclose(result["losses"], expected["losses"], atol=1e-4 if kind == "full" else 1e-3)
+        assert result["losses"][1] < result["losses"][0]
+        assert result["notes"]["nats by which its own loss, a mean of means, was off"] > 1e-3
+        assert (result["tokens"], result["gold_tokens"]) == (expected["tokens"], expected["gold_tokens"])
+        assert result["peak_bytes"] > 50e6
 
 
 def test_out_of_memory_is_an_outcome(
@@ -126,12 +179,38 @@ def test_rows_of_one_input_lie_together_and_begin_alike(harness: dict[str, Modul
     assert all(row.gold[-1] == harness["workloads"].END for row in rows)
 
 
+def test_steps_of_rows_of_like_length(harness: dict[str, ModuleType], tmp_path: Path) -> None:
+    """Every system reads the same order, and goldsmith's trainer makes it by itself: a pad is rare, no row is twice."""
+    workloads, child = harness["workloads"], harness["child"]
+    padding = {}
+    for name in ("short", "short-sorted"):
+        folder = tmp_path / name
+        folder.mkdir()
+        workloads.prepare(name, folder, num_rows=700)
+        padding[name] = json.loads((folder / "work.json").read_text())["padding"]
+    work = child.Work.read(tmp_path / "short-sorted")
+    steps = work.steps()
+    assert [len(step) for step in steps] == [128] * 5
+    assert sorted(np.concatenate(steps).tolist()) == list(range(640))
+    lengths = [[len(work.rows[row]) for row in step] for step in steps]
+    assert padding["short-sorted"] == pytest.approx(
+        1 - sum(map(sum, lengths)) / sum(128 * max(step) for step in lengths)
+    )
+    assert padding["short-sorted"] < 0.1 < 0.25 < padding["short"]
+    longest = [max(step) for step in lengths]
+    assert longest != sorted(longest)  # the steps are shuffled
+    assert len({tuple(row.tolist()) for row in work.rows}) > 600
+    harness["system_goldsmith"].build_trainer(work, 4096, tmp_path / "run")  # refuses any other order
+
+
 def test_short_is_the_shape_of_the_demo(harness: dict[str, ModuleType], tmp_path: Path) -> None:
     from goldsmith.workflows.demo import demo_recipe
 
     init = demo_recipe(tmp_path, tmp_path, max_seconds=1.0).model.init
     assert init is not None
-    shape = dict(harness["workloads"].WORKLOADS["short"].shape)
+    workloads = harness["workloads"].WORKLOADS
+    assert replace(workloads["short"], is_sorted=True) == workloads["short-sorted"]
+    shape = dict(workloads["short"].shape)
     del shape["vocab_size"]
     assert {key: init.get(key) for key in shape} == shape
 
@@ -150,7 +229,7 @@ def _result(harness: dict[str, ModuleType], rounds: list[dict[str, Any]]) -> dic
         "workload": {
             "name": "tiny", "device": "cpu", "shape": {"architecture": "llama", "vocab_size": 100}, "parameters": 1000,
             "num_rows": 4, "origin": "rows", "num_tokens": 100, "num_gold_tokens": 50, "longest_row": 30, "num_steps": 2,
-            "batch_size": 2, "useful_flops": 40.0,
+            "batch_size": 2, "useful_flops": 40.0, "padding": 0.25,
         },
         "note": None,
         "warning": None,
@@ -172,7 +251,10 @@ def test_medians_of_ratios_within_rounds(harness: dict[str, ModuleType]) -> None
     assert result["summary"]["goldsmith"]["fraction_of_matmul_rate"] == pytest.approx(0.2)
     assert result["summary"]["goldsmith"]["tokens_per_second"] == pytest.approx(5.0)
     assert not plain["is_void"]
-    assert "void" not in harness["tables"].to_markdown(result)
+    page = harness["tables"].to_markdown(result)
+    assert "void" not in page
+    assert "| goldsmith | a 1 | 20.0 | 0.20 | 5 | 20% |" in page  # 4 rows in 20 s
+    assert "25.0% is padding" in page
 
 
 def test_other_losses_void_the_row(harness: dict[str, ModuleType]) -> None:
@@ -187,7 +269,26 @@ def test_a_disturbed_run_and_a_failed_one_are_marked(harness: dict[str, ModuleTy
     result = _result(harness, [runs])
     page = harness["tables"].to_markdown(result)
     assert "disturbed: 0.50 cores busy elsewhere" in page
-    assert "| plain | | | | | | | | out of memory |" in page
+    assert "| plain | | | | | | | | | out of memory |" in page
+
+
+def test_settings_that_ran_out_of_memory_are_listed(harness: dict[str, ModuleType]) -> None:
+    """Also where the system has no other, and so no run in a round."""
+    result = _result(harness, [{"goldsmith": _run(1.0, [3.0])}])
+    failed = {"outcome": "out of memory", "memory_limit_bytes": 2e9, "steps": 2, "setting": {"rows_per_microbatch": 8}}
+    result["trials"] = [
+        {"system": "plain", **failed},
+        {"system": "trl", **failed, "outcome": "failed with exit code 1"},
+        {"system": "trl", **failed},
+        {"system": "goldsmith", **failed},
+    ]
+    result["summary"] = harness["tables"].summarise(result)
+    assert result["summary"]["goldsmith"]["outcome"] == "done"
+    page = harness["tables"].to_markdown(result)
+    assert "| plain | | | | | | | | | in every setting: out of memory |" in page
+    assert "| trl | | | | | | | | | in every setting: failed with exit code 1, out of memory |" in page
+    assert "| plain | rows_per_microbatch 8 | out of memory, of which it had 2.0 GB | |" in page
+    assert "| trl | rows_per_microbatch 8 | failed with exit code 1 | |" in page
 
 
 def test_a_run_of_the_harness(
