@@ -24,6 +24,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 _CACHE = tempfile.mkdtemp(prefix="goldsmith-tests-")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 os.environ["XDG_CACHE_HOME"] = _CACHE
+os.environ["TRACKIO_DIR"] = f"{_CACHE}/trackio"
 # Help and error texts are compared: neither a terminal's width nor its colours may matter.
 os.environ["COLUMNS"] = "100"
 os.environ["NO_COLOR"] = "1"

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 import goldsmith
+from goldsmith import distributed
 from goldsmith.errors import ConfigError
 from goldsmith.recipe import Recipe
+from goldsmith.training import trainer
 from goldsmith.training.trackers import config as tracker_config
 
 GOLD = [{"prompt": f"{number} + 1 = ", "completion": str(number + 1)} for number in range(8)]
@@ -102,6 +104,16 @@ def test_a_tracker_may_come_and_go_and_its_faults_end_no_run(
     after = metrics(tmp_path / "run")
     assert [line["nll"] for line in after] == [line["nll"] for line in before]
     assert told == ["fail"]
+
+
+def test_other_ranks_tell_nothing(
+    recipe: Callable[..., Recipe], told: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    monkeypatch.setattr(trainer, "read_evaluations", lambda path: [])  # the main process writes them
+    assert goldsmith.train(recipe(trackers=["trackio"]), quiet=True).training.steps == 3
+    assert told == []
+    assert not (tmp_path / "run" / "trackers.json").exists()
 
 
 def test_a_tracker_that_is_not_installed_is_said_before_training(

@@ -1,4 +1,4 @@
-"""wandb: a run of Weights & Biases, whose id is kept in the run folder."""
+"""wandb: a run of Weights & Biases, whose id and last steps are kept in the run folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ __all__ = ["WandbTracker"]
 
 
 class WandbTracker:
-    """Goes on with its own run by id. wandb takes no step below its last one, so a step that is done again is shown once.
+    """Goes on with its own run by id. Offline wandb does not know what an earlier process told it, so the last step of each
+    kind is kept, too: a step that is done again is told once.
 
     Args:
         config: see `WandbConfig`.
@@ -28,11 +29,12 @@ class WandbTracker:
     def start(self, facts: RunFacts) -> None:
         import wandb
 
-        identity = read_identity(facts.folder, "wandb")
-        if not identity:
-            identity = {"id": secrets.token_hex(4)}
+        self._folder = facts.folder
+        self._identity = {"train": -1, "eval": -1, **read_identity(facts.folder, "wandb")}
+        if "id" not in self._identity:
+            self._identity["id"] = secrets.token_hex(4)
             # Before it is used: a process that dies in between goes on with the same one.
-            write_identity(facts.folder, "wandb", identity)
+            write_identity(self._folder, "wandb", self._identity)
         self._run: Any = wandb.init(
             project=self._config.project,
             entity=self._config.entity,
@@ -41,7 +43,7 @@ class WandbTracker:
             tags=self._config.tags or None,
             mode=self._config.mode,
             dir=str(facts.folder),
-            id=str(identity["id"]),
+            id=str(self._identity["id"]),
             resume="allow",
             config=dict(facts.settings),
             # What a resumed run may change is changed there, too.
@@ -49,8 +51,13 @@ class WandbTracker:
         )
 
     def log(self, record: StepRecord | EvaluationRecord) -> None:
+        kind = "train" if isinstance(record, StepRecord) else "eval"
+        if record.step <= int(self._identity[kind]):
+            return
         # A step and the evaluation after it have the same number, and become one row.
         self._run.log(scalars(record), step=record.step)
+        self._identity = {**self._identity, kind: record.step}
+        write_identity(self._folder, "wandb", self._identity, durable=False)
 
     def finish(self, result: TrainingResult | None) -> None:
         self._run.finish(exit_code=1 if result is None else 0)

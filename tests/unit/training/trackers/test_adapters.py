@@ -1,12 +1,13 @@
 """Each adapter: tensorboard for real; the others against modules that know the documented calls and no other.
 
+The libraries themselves are in `tests/end_to_end/test_tracker_libraries.py`, where they are installed.
+
 The signatures of the fakes are those of wandb 0.31, mlflow 3.17 and trackio 0.43, as far as the adapters use them: an argument
 that the library does not know is a TypeError here, too.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -121,7 +122,7 @@ def test_tensorboard_begins_again_where_there_was_no_checkpoint(facts: RunFacts)
 
 
 class FakeWandb(ModuleType):
-    """Runs by id; a step below the last one is dropped, as wandb does (with a warning)."""
+    """Runs by id; what one process tells of a step is one row, and another process begins anew, as wandb does offline."""
 
     def __init__(self) -> None:
         super().__init__("wandb")
@@ -143,13 +144,15 @@ class FakeWandb(ModuleType):
     ) -> Any:
         assert id is not None
         assert resume == "allow"
-        run = self.runs.setdefault(id, SimpleNamespace(rows={}, exit_codes=[], arguments=[]))
+        run = self.runs.setdefault(id, SimpleNamespace(processes=[], exit_codes=[], arguments=[]))
+        rows: dict[int, dict[str, Any]] = {}
+        run.processes.append(rows)
         run.arguments.append({"project": project, "name": name, "mode": mode, "dir": dir, "config": config})
 
         def log(data: dict[str, Any], step: int | None = None, commit: bool | None = None) -> None:
             assert step is not None
-            if step >= max(run.rows, default=0):
-                run.rows.setdefault(step, {}).update(data)
+            if step >= max(rows, default=0):
+                rows.setdefault(step, {}).update(data)
 
         return SimpleNamespace(log=log, finish=lambda exit_code=None: run.exit_codes.append(exit_code))
 
@@ -160,10 +163,10 @@ def test_wandb_goes_on_with_its_run(facts: RunFacts, monkeypatch: pytest.MonkeyP
     config = WandbConfig(project="legal", mode="offline")
     killed_and_resumed(lambda: WandbTracker(config), facts)
     ((run_id, run),) = fake.runs.items()
-    assert read_identity(facts.folder, "wandb") == {"id": run_id}
-    assert sorted(run.rows) == [0, 1, 2, 3, 4]
+    assert read_identity(facts.folder, "wandb") == {"id": run_id, "train": 4, "eval": 4}
+    assert [sorted(rows) for rows in run.processes] == [[0, 1, 2, 3], [4]]
     # A step and the evaluation after it are one row.
-    assert run.rows[2] == {**scalars(step(2)), **scalars(evaluation(2))}
+    assert run.processes[0][2] == {**scalars(step(2)), **scalars(evaluation(2))}
     assert run.exit_codes == [0]
     assert len(run.arguments) == 2
     assert run.arguments[0] == {
@@ -182,22 +185,6 @@ def test_wandb_is_told_of_a_run_that_was_cut_off(facts: RunFacts, monkeypatch: p
     tracker.start(facts)
     tracker.finish(None)
     assert next(iter(fake.runs.values())).exit_codes == [1]
-
-
-def test_wandb_itself_offline(facts: RunFacts, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="waits for wandb (extra `wandb`), which is no part of `dev`: it is large")
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    tracker = WandbTracker(WandbConfig(mode="offline"))
-    tracker.start(facts)
-    for record in (evaluation(0), step(1), step(2), evaluation(2)):
-        tracker.log(record)
-    tracker.finish(RESULT)
-    (run_id,) = read_identity(facts.folder, "wandb").values()
-    (written,) = (facts.folder / "wandb").glob(f"offline-run-*/run-{run_id}.wandb")
-    content = written.read_bytes()
-    assert all(name in content for name in (b"train/nll", b"eval/nll", b"train/update_to_weight/layer 3"))
 
 
 # --- mlflow
