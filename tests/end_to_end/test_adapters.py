@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -273,9 +274,15 @@ def test_verify_runs_what_is_trained(
     assert all(("lora_" in name) == ("adapter" in trained) for name in worst)
 
 
-def test_what_cannot_be_is_refused_before_training(settings: dict[str, Any]) -> None:
+def test_what_cannot_be_is_refused_before_training(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     settings["adapter"] = {"kind": "qlora"}
-    with pytest.raises(ModelError, match="4 bits"):
+    found = importlib.util.find_spec
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
+        with pytest.raises(ModelError, match=r"4 bits .* not installed"):
+            train(settings)
+    settings["model"] = {**settings["model"], "dtype": "float64"}
+    with pytest.raises(ModelError, match="no float64" if found("bitsandbytes") else "not installed"):
         train(settings)
     settings["adapter"] = {"target_modules": ["qproj"]}
     with pytest.raises(ConfigError, match=r"'qproj' matches no name .*'q_proj'"):

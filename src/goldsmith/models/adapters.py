@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
+import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from goldsmith.errors import ConfigError, ModelError
+from goldsmith.models.quantized import has_packed_weights
 
 __all__ = [
     "Adapter",
@@ -124,32 +126,42 @@ def require_peft() -> None:
         )
 
 
-def quantization_of(config: AdapterConfig | None, device: torch.device) -> Any | None:
+def quantization_of(config: AdapterConfig | None, compute_dtype: torch.dtype) -> Any | None:
     """How the frozen weights are stored, for `load_causal_lm`: as `bitsandbytes` has it for qlora, None for the other kinds.
 
-    No GPU was at hand for this: what is tested is that it is refused where it cannot be, not its numbers.
+    On a CPU its numbers are tested; on a GPU it has not run.
+
+    Args:
+        compute_dtype: what products with the unpacked weights are taken in.
 
     Raises:
-        ModelError: qlora without `bitsandbytes` or without a CUDA device.
+        ModelError: qlora without `bitsandbytes`, with a version that `transformers` does not take, or in float64.
     """
     if config is None or config.kind != "qlora":
         return None
-    installed = importlib.util.find_spec("bitsandbytes") is not None
-    if not installed or device.type != "cuda":
-        missing = "the device is " + str(device) if installed else "the package bitsandbytes is not installed"
+    what = "adapter.kind: qlora keeps its frozen weights in 4 bits through bitsandbytes"
+    if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
-            f"adapter.kind: qlora keeps its frozen weights in 4 bits through bitsandbytes on a CUDA device, but {missing}",
-            remedy="use `kind: lora`, or a machine with a CUDA device and `pip install bitsandbytes`",
+            f"{what}, and the package bitsandbytes is not installed",
+            remedy="use `kind: lora`, or `pip install goldsmith[qlora]`",
         )
+    if compute_dtype == torch.float64:
+        raise ModelError(f"{what}, which knows no float64", remedy="use float32, or `kind: lora`")
     from transformers import BitsAndBytesConfig
 
+    with _quiet_import():
+        import bitsandbytes  # noqa: F401
+
     config_class: Any = BitsAndBytesConfig
-    return config_class(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
+    try:
+        return config_class(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype,
+        )
+    except ValueError as error:
+        raise ModelError(f"{what}, but {_one_line(error)}", remedy="pip install -U bitsandbytes") from error
 
 
 def attach_adapter(
@@ -248,6 +260,12 @@ def _modules_to_save(causal_lm: PreTrainedModel, patterns: tuple[str, ...]) -> l
         _matching(names, patterns, key="adapter.modules_to_save", what="a module with parameters") if patterns else []
     )
     outermost = [name for name in saved if not any(name.startswith(f"{other}.") for other in saved)]
+    packed = [name for name in outermost if has_packed_weights(causal_lm.get_submodule(name))]
+    if packed:
+        raise ConfigError(
+            f"adapter.modules_to_save: {packed[0]!r} has weights in 4 bits, which cannot be trained in full",
+            remedy="leave it out, or use `kind: lora`",
+        )
     decoder = next(name for name, module in causal_lm.named_modules() if module is causal_lm.get_decoder())
     if decoder in outermost:
         raise ConfigError(
@@ -455,6 +473,17 @@ def _quietly() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@contextmanager
+def _quiet_import() -> Iterator[None]:
+    """bitsandbytes warns of a kernel that it could fetch from the hub, for products that are not taken here."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(previous)
 
 
 def _one_line(error: BaseException, limit: int = 300) -> str:

@@ -36,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 from goldsmith.data.tokenizer import load_tokenizer
 from goldsmith.errors import ConfigError, MachineError, ModelError
 from goldsmith.models.adapters import adapter_base, merge_adapter
+from goldsmith.models.quantized import copy_unpacked, keep_as_packed
 
 __all__ = [
     "DtypeName",
@@ -187,6 +188,7 @@ def load_causal_lm(
     dtype: DtypeName = "auto",
     device: str | torch.device = "auto",
     quantization: Any | None = None,
+    frozen_weights: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
     """A published causal language model: all of its weights and nothing but them, from safetensors only.
 
@@ -196,6 +198,8 @@ def load_causal_lm(
 
     Args:
         quantization: how weights that stay frozen are stored (a quantisation configuration of `transformers`).
+        frozen_weights: for an adapter's folder: the model that it was trained in. What that keeps in 4 bits is merged into as it
+            is there, unpacked, and not as the base model's files have it.
 
     Raises:
         ModelError: no such folder or hub id; no configuration or safetensors; remote code; not a causal language model;
@@ -208,6 +212,8 @@ def load_causal_lm(
         model = load_causal_lm(base.path, revision=base.revision, dtype=dtype, device=device)
         if _has_tokenizer(folder):
             fit_embeddings(model, load_tokenizer(folder))
+        if frozen_weights is not None:
+            copy_unpacked(frozen_weights, model)
         return merge_adapter(model, folder, name=str(path))
     config = load_config(folder, name=str(path))
     weight_files = _weight_files(folder, name=str(path))
@@ -238,6 +244,7 @@ def load_causal_lm(
             remedy="check that config.json and the safetensors files belong together, or fetch the model again",
         ) from error
     _check_loading_info(loading_info, name=str(path))
+    keep_as_packed(loaded)
     return _ready(loaded, resolved_device, stored, is_placed=quantization is not None)
 
 

@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from goldsmith.errors import CheckpointError
+from goldsmith.models.quantized import packed_parts
 from goldsmith.records import TrainingState
 from goldsmith.storage import fail_point, replace_folder, verify_manifest, write_atomic, write_manifest
 
@@ -168,8 +169,11 @@ def _frozen_fingerprint(model: torch.nn.Module) -> str:
     frozen = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad]
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     for name, parameter in frozen:
-        total = parameter.detach().view(integers[parameter.element_size()]).sum(dtype=torch.int64)
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {int(total)}\n".encode())
+        # The codes of weights in 4 bits say nothing of their scale.
+        parts = {name: parameter.detach(), **{f"{name}.{key}": part for key, part in packed_parts(parameter).items()}}
+        for key, part in parts.items():
+            total = part.contiguous().view(integers[part.element_size()]).sum(dtype=torch.int64)
+            digest.update(f"{key} {tuple(part.shape)} {part.dtype} {int(total)}\n".encode())
     return digest.hexdigest() if frozen else ""
 
 

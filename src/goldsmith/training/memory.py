@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from goldsmith.data.loader import Dataset
 from goldsmith.models.likelihood import LikelihoodModel
+from goldsmith.models.quantized import num_weights, packed_bytes, packed_parts
 from goldsmith.objective.linear_cross_entropy import default_chunk_size
 
 __all__ = [
@@ -49,6 +50,8 @@ class ModelShape:
         element_bytes: of a parameter.
         product_bytes: of what matrix products take and give; 2 under autocast.
         device_type: logits come in larger chunks on `cuda`.
+        packed_bytes, largest_packed: frozen weights in 4 bits: the bytes of all, with their scales, which are not among
+            `parameters`; and the weights of the largest of these.
     """
 
     parameters: int
@@ -66,12 +69,15 @@ class ModelShape:
     element_bytes: int
     product_bytes: int
     device_type: str = "cpu"
+    packed_bytes: int = 0
+    largest_packed: int = 0
 
     @classmethod
     def of(cls, model: LikelihoodModel) -> ModelShape:
         """The shape of a model as it is, trainable parameters included."""
         config: Any = model.causal_lm.config.get_text_config()
-        parameters = list(model.causal_lm.parameters())
+        packed = [parameter for parameter in model.causal_lm.parameters() if packed_parts(parameter)]
+        parameters = [parameter for parameter in model.causal_lm.parameters() if not packed_parts(parameter)]
         trainable = [parameter.numel() for parameter in parameters if parameter.requires_grad]
         width, heads = config.hidden_size, config.num_attention_heads
         head_width = getattr(config, "head_dim", None) or width // heads
@@ -93,6 +99,8 @@ class ModelShape:
             element_bytes=element_bytes,
             product_bytes=element_bytes if model.autocast_dtype is None else model.autocast_dtype.itemsize,
             device_type=model.device.type,
+            packed_bytes=sum(packed_bytes(parameter) for parameter in packed),
+            largest_packed=max((num_weights(parameter) for parameter in packed), default=0),
         )
 
 
@@ -187,12 +195,15 @@ def memory_budget(
     before = gradients if measures_update else 0
 
     terms: list[tuple[str, float, Literal["always", "gradient", "update"]]] = [
-        ("parameters", shape.parameters * element, "always"),
+        ("parameters", shape.parameters * element + shape.packed_bytes, "always"),
         ("gradients", gradients * element, "always"),
         ("optimizer state", shape.trainable * state_bytes, "always"),
     ]
     if product != element:
         terms.append(("parameters in half precision", shape.parameters * product, "gradient"))
+    if shape.largest_packed:
+        unpacked = shape.largest_packed * (element if product == element else element + product)
+        terms.append(("weights of one projection, unpacked", unpacked, "gradient"))
     terms.append(("inputs of all layers", shape.layers * shape.width * tokens * element, "gradient"))
     terms += [(f"{name}, {where}", size * copies, "gradient") for name, size in kept.items()]
     terms += [

@@ -17,6 +17,7 @@ from goldsmith.errors import ModelError
 from goldsmith.models.adapters import Adapter
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.load import quiet_transformers
+from goldsmith.models.quantized import products_in_float32
 from goldsmith.storage import fail_point, replace_folder
 
 __all__ = ["Parity", "check_merged", "check_parity", "save_adapter", "save_model"]
@@ -137,14 +138,14 @@ def check_merged(merged: PreTrainedModel, trained: LikelihoodModel, data: Datase
     """The largest difference of a log-probability between the merged model and the one with its adapter beside the weights.
 
     Raises:
-        ModelError: it is more than rounding. Weights of 4 bits are not judged: what is merged into are the unrounded ones.
+        ModelError: it is more than rounding.
     """
     batch = pack(data, range(min(examples, len(data)))).to(trained.device)
     own_K = LikelihoodModel(merged.to(trained.device))(batch).log_probs_K  # type: ignore[arg-type]
-    trained_K = trained(batch).log_probs_K
+    with products_in_float32(trained):
+        trained_K = trained(batch).log_probs_K
     difference = float((own_K.double() - trained_K.double()).abs().max())
-    is_quantized = getattr(trained.causal_lm, "is_quantized", False)
-    if not is_quantized and not difference <= MERGE_TOLERANCE * max(1.0, float(trained_K.abs().max())):
+    if not difference <= MERGE_TOLERANCE * max(1.0, float(trained_K.abs().max())):
         raise ModelError(
             f"merging the adapter changes log-probabilities by {difference:.1e}",
             remedy="please report this; the adapter itself is saved, and its base model is where it was loaded from",
@@ -180,5 +181,6 @@ def check_parity(folder: Path, trained: LikelihoodModel, data: Dataset, *, examp
             f"{folder}: its log-probabilities differ by {difference:.1e} from those of the packed path",
             remedy="please report this: the saved model is not the trained one",
         )
-    rounding_cost = float(trained(batch).log_probs_K.double().mean() - packed_K.double().mean())
+    with products_in_float32(trained):
+        rounding_cost = float(trained(batch).log_probs_K.double().mean() - packed_K.double().mean())
     return Parity(examples=len(chosen), largest_difference=difference, rounding_cost=rounding_cost)

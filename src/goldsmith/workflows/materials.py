@@ -185,12 +185,13 @@ def causal_lm_of(
     if recipe.model.path is not None:
         if recipe.adapter is not None:
             require_peft()
+        chosen = dtype or recipe.model.dtype
         causal_lm = load_causal_lm(
             recipe.model.path,
             revision=recipe.model.revision,
-            dtype=dtype or recipe.model.dtype,
+            dtype=chosen,
             device=device,
-            quantization=quantization_of(recipe.adapter, device),
+            quantization=quantization_of(recipe.adapter, _product_dtype(chosen, device)),
         )
         fit_embeddings(causal_lm, tokenizer, new_token_ids=_ids_of_new_tokens(recipe, tokenizer))
         return causal_lm
@@ -213,13 +214,18 @@ def compute_dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
     Raises:
         ConfigError: float16, in which small gradients are lost where the loss is not scaled.
     """
-    dtype = resolve_dtype(recipe.model.dtype, device)
+    dtype = _product_dtype(recipe.model.dtype, device)
     if dtype == torch.float16:
         raise ConfigError(
             "model.dtype: float16 is for scoring only: small gradients would be lost in it, and the loss is not scaled",
             remedy="train in bfloat16 or float32; the result keeps the type of the model's files",
         )
-    return torch.float32 if device.type == "cpu" and dtype == torch.bfloat16 else dtype
+    return dtype
+
+
+def _product_dtype(dtype: DtypeName, device: torch.device) -> torch.dtype:
+    resolved = resolve_dtype(dtype, device)
+    return torch.float32 if device.type == "cpu" and resolved == torch.bfloat16 else resolved
 
 
 def choose_trained(

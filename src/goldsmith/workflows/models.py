@@ -16,7 +16,7 @@ from goldsmith.data.loader import Dataset, load_dataset
 from goldsmith.data.rendering import Renderer, RenderingConfig
 from goldsmith.data.rows import HUB_PREFIX, Columns, DataConfig, SourceConfig
 from goldsmith.data.tokenizer import load_tokenizer
-from goldsmith.errors import ConfigError, MachineError
+from goldsmith.errors import ConfigError, MachineError, ModelError
 from goldsmith.generation.generate import Generation, GenerationConfig, decode_text
 from goldsmith.generation.generate import generate as decode
 from goldsmith.generation.metrics import GenerationMetrics, measure, measure_example
@@ -31,6 +31,7 @@ from goldsmith.models.load import (
     tokenizer_folder,
 )
 from goldsmith.models.proof import prove
+from goldsmith.models.quantized import has_packed_weights
 from goldsmith.recipe import load_recipe
 from goldsmith.storage import write_asked_file
 from goldsmith.training.checkpoint import load_weights
@@ -125,6 +126,8 @@ def open_model(
         load_weights(Path(path), causal_lm)
         wanted = parameter_dtype(resolve_dtype(recipe.model.dtype if dtype == "auto" else dtype, torch.device("cpu")))
         if wanted != parameter_dtype(resolve_dtype(recipe.model.dtype, torch.device("cpu"))):
+            if has_packed_weights(causal_lm):
+                raise ModelError(f"{path}: its weights in 4 bits know no {dtype}", remedy="score it in float32")
             causal_lm.to(dtype=wanted)
     else:
         if folder != path and not Path(folder).is_dir():

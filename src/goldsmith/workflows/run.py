@@ -36,6 +36,7 @@ from goldsmith.models.load import (
     stored_dtype,
 )
 from goldsmith.models.proof import prove
+from goldsmith.models.quantized import has_packed_weights, num_weights
 from goldsmith.recipe import Recipe, load_recipe
 from goldsmith.records import DataReport
 from goldsmith.scoring.display import data_frame, html_table
@@ -303,9 +304,12 @@ def _run(
     adapter = choose_trained(resolved, causal_lm, tokenizer)
     if adapter is not None or resolved.training.trainable is not None:
         trained, frozen = (
-            sum(p.numel() for p in causal_lm.parameters() if p.requires_grad is wanted) for wanted in (True, False)
+            sum(num_weights(p) for p in causal_lm.parameters() if p.requires_grad is wanted) for wanted in (True, False)
         )
-        say(f"trained: {trained:,} parameters; frozen: {frozen:,}")
+        say(
+            f"trained: {trained:,} parameters; frozen: {frozen:,}"
+            + (", in 4 bits" if has_packed_weights(causal_lm) else "")
+        )
     if adapter is not None and adapter.config.dropout:
         say(
             f"adapter.dropout: {adapter.config.dropout}: the loss is random, and cuts of a step are equal in distribution only"
@@ -397,8 +401,10 @@ def _run(
         result_lm = causal_lm
         if adapter is not None:
             save_adapter(adapter, kept_tokenizer, folder / "adapter")
-            # From the written folder, as a user would: weights of 4 bits are thereby merged into the unrounded ones.
-            result_lm = load_causal_lm(folder / "adapter", dtype=resolved.model.dtype, device=device)
+            # From the written folder, as a user would, but into what was trained: weights of 4 bits as they were.
+            result_lm = load_causal_lm(
+                folder / "adapter", dtype=resolved.model.dtype, device=device, frozen_weights=causal_lm
+            )
             merge_difference = check_merged(result_lm, model.eval(), eval_data or train_data)
         save_model(
             result_lm,
@@ -704,7 +710,7 @@ def _require_space(trainer: Trainer, folder: Path) -> None:
     """Checkpoints that will lie there at once (the kept, the best, the one being written) and the result."""
     model = trainer.model.causal_lm
     at_once = trainer.checkpoint_config.keep + 2 - len(trainer.store.steps())
-    weights = sum(p.numel() for p in model.parameters()) * stored_dtype(model).itemsize
+    weights = sum(num_weights(p) for p in model.parameters()) * stored_dtype(model).itemsize
     needed = max(at_once, 1) * checkpoint_bytes(model) + 2 * weights
     require_space(folder, needed, f"{at_once} checkpoints and the result")
 

@@ -13,6 +13,7 @@ from goldsmith.inspection.verify import verify as verify_model
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.load import resolve_device, silence_randomness
 from goldsmith.models.proof import prove
+from goldsmith.models.quantized import has_packed_weights
 from goldsmith.recipe import Recipe
 from goldsmith.workflows.materials import (
     causal_lm_of,
@@ -37,7 +38,8 @@ def verify(
 
     Args:
         num_rows: rows of the step that both run, from the beginning of the training data.
-        dtype: what both compute in; `auto` is float64 where weights, gradients and their copies fit into half of the memory.
+        dtype: what both compute in; `auto` is float64 where weights, gradients and their copies fit into half of the memory, and
+            float32 for weights in 4 bits.
         quiet: as for the other workflows; there is nothing to say on the way.
 
     Raises:
@@ -54,7 +56,7 @@ def verify(
     silence_randomness(causal_lm)
     # A factor that is still zero would make the gradient of the other one zero, too, and hide a fault in it.
     choose_trained(recipe, causal_lm, tokenizer, at_random=True)
-    if dtype == "auto":
+    if dtype == "auto" and not has_packed_weights(causal_lm):
         # Weights and two sets of gradients, eight bytes each.
         needed = 3 * 8 * sum(parameter.numel() for parameter in causal_lm.parameters())
         if needed < _memory_bytes(device) / 2:
