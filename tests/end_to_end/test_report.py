@@ -134,6 +134,7 @@ def test_it_loads_by_itself_and_every_section_draws(page_file: Path, visit: Call
                          "Recipe": "acme/model"}.items():  # fmt: skip
         tab.get_by_role("link", name=name, exact=True).click()
         tab.get_by_text(wanted).first.wait_for()
+        assert tab.evaluate("scrollY") == 0, name
     assert "12" in tab.locator("#recipe tbody").first.inner_text()
     assert len(one.requests) == 1
 
@@ -298,12 +299,13 @@ def test_the_tokens_that_differ_most(page_file: Path, both: list[Side], visit: C
         assert shown() == expected(sign)
 
     # By the keyboard; the order is told, and the focus stays.
-    by_after = tab.get_by_role("button", name="p, after")
+    differing = tab.locator("#differing")
+    by_after = differing.get_by_role("button", name="p, after")
     by_after.focus()
     for _ in range(2):
         tab.keyboard.press("Enter")
-    assert tab.get_by_role("columnheader", name="p, after").get_attribute("aria-sort") == "descending"
-    assert tab.get_by_role("columnheader", name="Change, nats").get_attribute("aria-sort") == "none"
+    assert differing.get_by_role("columnheader", name="p, after").get_attribute("aria-sort") == "descending"
+    assert differing.get_by_role("columnheader", name="Change, nats").get_attribute("aria-sort") == "none"
     assert tab.evaluate("document.activeElement.id") == "tokens-by-after"
     assert "descending" in tab.locator("#announce").inner_text()
     values = [float(one.split()[0]) for one in tab.locator("#differing td.p-b").all_inner_texts()]

@@ -134,7 +134,7 @@ function precedingText(report, side, example, token) {
     first--;
   }
   const shown = text === "" ? "" : oneLine(text, 10 * BEFORE_CHARACTERS);
-  return first > 0 ? `\u2026${shown}` : shown.trimStart();
+  return first > 0 ? `\u2026 ${shown.trimStart()}` : shown.trimStart();
 }
 
 // Two improbable tokens are told apart: below a ten-thousandth by their order of magnitude.
