@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["Conversation", "Message", "PackedBatch", "TokenScore", "TokenScores", "TokenizedExample"]
+__all__ = ["Conversation", "GoldTurn", "Message", "PackedBatch", "TokenScore", "TokenScores", "TokenizedExample"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +63,21 @@ class Conversation:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GoldTurn:
+    """The gold of one message within an example.
+
+    Attributes:
+        begin: position of its first gold token; its gold goes on to where the next turn begins.
+        number: of the turns of the row that have gold, from 1; the parts of a row that was split count on.
+        role: the message's.
+    """
+
+    begin: int
+    number: int
+    role: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizedExample:
     """Token ids with the weight of *predicting* each; built together, never searched for afterwards.
 
@@ -73,6 +88,8 @@ class TokenizedExample:
         example_weight: u_i, > 0.
         source: `file:line`.
         num_bytes: UTF-8 length of the gold text without the end token.
+        turns: whose words the gold is, ascending, the first at the first gold token; empty where that is not known (a row that
+            came tokenised).
     """
 
     token_ids: npt.NDArray[np.int32]
@@ -81,6 +98,7 @@ class TokenizedExample:
     example_weight: float
     source: str
     num_bytes: int
+    turns: tuple[GoldTurn, ...] = ()
 
     @property
     def num_tokens(self) -> int:

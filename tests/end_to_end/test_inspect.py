@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 from typer.testing import CliRunner
 
 from goldsmith.cli import app
@@ -101,8 +102,29 @@ def test_findings_in_text_json_and_on_a_page(folder: Path) -> None:
     assert "rejected, empty completion: 1" in done.stdout
     assert "in-eval (train): 1 row: " in done.stdout
     assert "train.jsonl:31" in done.stdout
+    assert str(Path.cwd()) not in done.stdout, "files below the current folder are named from there"
+    assert f"{Path.cwd()}/train.jsonl" not in page
     assert "⟦I|t| |i|s| |0|.|</s>⟧" in done.stdout
     assert "\x1b" not in done.stdout
+
+
+def test_long_names_keep_the_tables_in_line(folder: Path) -> None:
+    """Names of files that are longer than a table has room for, and twice as wide as they have characters."""
+    rows = (folder / "train.jsonl").read_text()
+    for name in ("much-" * 30 + "longer", "\u6df1" * 40, "short"):
+        (folder / f"{name}.jsonl").write_text(rows.replace('"prompt": "', f'"prompt": "{name[0]}'))
+    sources = ", ".join(
+        f"{{path: {path.name}}}" for path in sorted(folder.glob("*.jsonl")) if path.name != "eval.jsonl"
+    )
+    done = inspect("--no-measure", "--set", f"data.train=[{sources}]")
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    first = next(index for index, line in enumerate(lines) if line.startswith("  file"))
+    table = lines[first : first + 5]
+    assert {cell_len(line) for line in table} == {cell_len(table[0])}
+    assert cell_len(table[0]) < 120
+    assert any(line.startswith("  \u2026much-") or "much-longer.jsonl " in line for line in table)
+    assert any("\u6df1.jsonl " in line for line in table)
 
 
 def test_a_model_that_cannot_be_built_is_not_measured(folder: Path) -> None:

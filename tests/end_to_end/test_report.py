@@ -134,6 +134,7 @@ def test_it_loads_by_itself_and_every_section_draws(page_file: Path, visit: Call
                          "Recipe": "acme/model"}.items():  # fmt: skip
         tab.get_by_role("link", name=name, exact=True).click()
         tab.get_by_text(wanted).first.wait_for()
+        assert tab.evaluate("scrollY") == 0, name
     assert "12" in tab.locator("#recipe tbody").first.inner_text()
     assert len(one.requests) == 1
 
@@ -254,6 +255,90 @@ def test_a_point_and_a_bar_lead_to_their_examples(
     assert tab.locator("#count").inner_text().endswith("of 45 examples")
 
 
+def largest_changes(both: list[Side], sign: int = 0) -> list[tuple[str, int, float]]:
+    """(example, token, change), largest first, as the page keeps log-probabilities."""
+    found = []
+    for before, after in zip(both[0].scores, both[1].scores, strict=True):
+        for place, (one, other) in enumerate(zip(before.tokens or (), after.tokens or (), strict=True)):
+            change = (round(-one.log_prob * 500) - round(-other.log_prob * 500)) / 500
+            if change * sign > 0 or sign == 0:
+                found.append((after.example_id, place, change))
+    return sorted(found, key=lambda item: (-abs(item[2]), int(item[0].removeprefix("row-")), item[1]))
+
+
+def test_the_tokens_that_differ_most(page_file: Path, both: list[Side], visit: Callable[..., Visit]) -> None:
+    tab = visit().open(f"{page_file.as_uri()}#compare")
+    rows = tab.locator("#differing tbody tr")
+
+    def shown() -> list[tuple[str, int, str]]:
+        places = zip(
+            tab.locator("#differing td.place a bdi").all_inner_texts(),
+            tab.locator("#differing td.place .note").all_inner_texts(),
+            tab.locator("#differing .delta").all_inner_texts(),
+            strict=True,
+        )
+        return [(name, int(token.split()[1]) - 1, change.split()[1]) for name, token, change in places]
+
+    def expected(sign: int = 0) -> list[tuple[str, int, str]]:
+        signs = {True: "+", False: "\N{MINUS SIGN}"}
+        return [
+            (name, token, f"{signs[change > 0]}{abs(change):.2f}")
+            for name, token, change in largest_changes(both, sign)
+        ][:25]
+
+    assert shown() == expected()
+    name, token, _ = expected()[0]
+    of_example = [next(one for one in side.scores if one.example_id == name).tokens or () for side in both]
+    for cell, tokens in zip(("p-a", "p-b"), of_example, strict=True):
+        probability = math.exp(tokens[token].log_prob) * 100
+        assert float(rows.first.locator(f"td.{cell}").inner_text().split()[0]) == pytest.approx(probability, rel=0.06)
+    before_it = "".join(one.text for one in of_example[0][:token]).lstrip()
+    assert rows.first.locator("th").inner_text().replace("\u23ce", "\n") == before_it + of_example[0][token].text
+    for direction, sign in (("Higher", 1), ("Lower", -1)):
+        tab.locator("#differing").get_by_role("button", name=direction, exact=True).click()
+        assert shown() == expected(sign)
+
+    # By the keyboard; the order is told, and the focus stays.
+    differing = tab.locator("#differing")
+    by_after = differing.get_by_role("button", name="p, after")
+    by_after.focus()
+    for _ in range(2):
+        tab.keyboard.press("Enter")
+    assert differing.get_by_role("columnheader", name="p, after").get_attribute("aria-sort") == "descending"
+    assert differing.get_by_role("columnheader", name="Change, nats").get_attribute("aria-sort") == "none"
+    assert tab.evaluate("document.activeElement.id") == "tokens-by-after"
+    assert "descending" in tab.locator("#announce").inner_text()
+    values = [float(one.split()[0]) for one in tab.locator("#differing td.p-b").all_inner_texts()]
+    assert values == sorted(values, reverse=True)
+
+    name, token, _ = shown()[0]
+    rows.first.get_by_role("link").press("Enter")
+    tab.locator("#gold .chip", has_text=f"only {name}").wait_for()
+    assert ids_shown(tab) == [name]
+    tab.wait_for_function("document.activeElement.dataset.token !== undefined")
+    assert tab.evaluate("document.activeElement.dataset.token") == str(token)
+    assert tab.locator("#hint").is_visible()
+    tab.locator("#gold .chip").click()
+    assert tab.locator("#count").inner_text().endswith("of 45 examples")
+
+
+def test_why_no_tokens_are_compared(tmp_path: Path, both: list[Side], visit: Callable[..., Visit]) -> None:
+    one = both[0].scores[0]
+    bare = replace(one, tokens=None)
+    halves = tuple(
+        replace(token, text=text) for token in one.tokens or () for text in (token.text[:1], token.text[1:]) if text
+    )
+    cut = replace(one, tokens=halves)
+    found = []
+    for other in (bare, cut, one):
+        path = tmp_path / "page.html"
+        path.write_text(render_page(sides=[Side(name="a", scores=[one]), Side(name="b", scores=[other])], title="t"))
+        found.append(visit().open(f"{path.as_uri()}#compare").locator("#differing").inner_text())
+    assert "\u201cb\u201d has no tokens" in found[0]
+    assert "different tokens" in found[1]
+    assert "Every token has the same probability under both." in found[2]
+
+
 def test_light_and_dark(page_file: Path, visit: Callable[..., Visit]) -> None:
     ground = "getComputedStyle(document.body).backgroundColor"
     tab = visit(color_scheme="dark").open(page_file.as_uri())
@@ -300,10 +385,10 @@ def test_axe_finds_no_serious_fault(tmp_path: Path, visit: Callable[..., Visit],
         assert serious == [], section
 
 
-def hostile_side(name: str) -> Side:
+def hostile_side(name: str, log_prob: float = -1.0) -> Side:
     tokens = tuple(
-        TokenScore(token_id=number, text=text, log_prob=-1.0, rank=2, best_log_prob=-0.5, entropy=1.0,
-                   alternatives=((7, HOSTILE, -0.5), (number, text, -1.0)))
+        TokenScore(token_id=number, text=text, log_prob=log_prob, rank=2, best_log_prob=-0.5, entropy=1.0,
+                   alternatives=((7, HOSTILE, -0.5), (number, text, log_prob)))
         for number, text in enumerate([HOSTILE, "x" * 50_000, RIGHT_TO_LEFT, "", "\ud800", "\n\t\r", "</s>"])
     )  # fmt: skip
     score = TokenScores(
@@ -319,7 +404,7 @@ def test_a_hostile_example_is_text(tmp_path: Path, visit: Callable[..., Visit]) 
     recipe = (folder / "recipe.yaml").read_text() + f"# {HOSTILE}\n"
     (folder / "recipe.yaml").write_text(recipe.replace("\0", ""), encoding="utf-8")
     path = tmp_path / "report.html"
-    page = render_page(runs=[read_run(folder)], sides=[hostile_side(HOSTILE), hostile_side("b")], title=HOSTILE)
+    page = render_page(runs=[read_run(folder)], sides=[hostile_side(HOSTILE), hostile_side("b", -9.0)], title=HOSTILE)
     path.write_text(page, encoding="utf-8")
     one = visit()
     tab = one.open(f"{path.as_uri()}#gold")
@@ -347,6 +432,12 @@ def test_a_hostile_example_is_text(tmp_path: Path, visit: Callable[..., Visit]) 
         tab.locator(f"#{section}:not([hidden])").wait_for()
         assert tab.evaluate("document.documentElement.scrollWidth") <= 1440, section
         assert "\u202e" not in tab.locator("body").inner_text(), section
+        if section == "compare":
+            differing = tab.locator("#differing tbody").inner_text()
+            assert "<script>window.hacked = 1</script>" in differing
+            assert "\u27e8202E\u27e9" in differing
+            assert "x" * 40 in differing
+            assert len(differing) < 10_000, "nothing is shown at its whole length"
     assert tab.evaluate("window.hacked") is None
     assert tab.locator("img, iframe, object, link").count() == 0
     assert len(one.requests) == 1

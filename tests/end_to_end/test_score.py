@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,28 @@ def test_the_command_prints_one_object(tiny_model_folder: Path) -> None:
     assert set(values["difficulty"]["quantiles"]) == {"5%", "25%", "50%", "75%", "95%"}
     roles = [group for group in values["groups"] if group["by"] == "role"]
     assert [(group["label"], group["num_examples"]) for group in roles] == [("assistant", 9)]
+
+
+def test_roles_are_told_apart_where_several_are_trained(tiny_model_folder: Path) -> None:
+    run = Path("run")
+    run.mkdir()
+    (run / "recipe.yaml").write_text(
+        f"model: {{path: '{tiny_model_folder}', device: cpu}}\ndata: {{train: gold.jsonl}}\n"
+        "rendering: {train_on: [user, assistant]}\noutput_dir: run\n"
+    )
+    shutil.copytree(tiny_model_folder, run / "model")
+    result = CliRunner().invoke(app, ["score", "run", "gold.jsonl", "--limit", "9", "--json", "-q"])
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    groups = {(group["by"], group["label"]): group for group in values["groups"]}
+    for by, labels in (("role", ("user", "assistant")), ("turn", ("1", "2"))):
+        own = [groups[by, label] for label in labels]
+        assert [group["num_examples"] for group in own] == [9, 9]
+        assert sum(group["num_target_tokens"] for group in own) == values["num_target_tokens"]
+        assert sum(group["log_prob"] for group in own) == pytest.approx(values["log_prob"], rel=1e-12)
+    assert groups["role", "user"]["log_prob"] == groups["turn", "1"]["log_prob"]
+    printed = CliRunner().invoke(app, ["score", "run", "gold.jsonl", "--limit", "9", "-q"])
+    assert "by role of gold" in printed.output
 
 
 def test_models_are_compared_in_one_go(tiny_model_folder: Path, here: Path) -> None:

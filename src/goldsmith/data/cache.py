@@ -39,7 +39,7 @@ from goldsmith.storage import free_bytes, sha256_file
 __all__ = ["MIN_SOURCE_BYTES", "RowCache", "default_cache_folder", "load_cached_dataset"]
 
 # Of the layout of an entry.
-_SCHEMA: Final = 1
+_SCHEMA: Final = 2
 # Files smaller than this, together, are read as fast as an entry is found; the user's own folder is asked for, and takes them all.
 MIN_SOURCE_BYTES: Final = 1 << 20
 _MAX_BYTES: Final = 20 << 30
@@ -62,6 +62,10 @@ _ARRAYS: Final = (
     "repeats",
     "num_bytes",
     "source_indices",
+    "turn_counts",
+    "turn_begins",
+    "turn_numbers",
+    "turn_roles",
 )
 
 
@@ -305,6 +309,7 @@ def _version(library: str) -> str | None:
 def _arrays_of(dataset: Dataset, renderer: Renderer) -> dict[str, npt.NDArray[Any]]:
     facts = {
         "source_names": dataset.source_names,
+        "role_names": dataset.role_names,
         "num_unknown_tokens": dataset.num_unknown_tokens,
         "report": dataset.report.to_json(),
         "seen_end_ids": sorted(renderer.seen_end_ids),
@@ -344,6 +349,7 @@ def _read(path: Path) -> tuple[Dataset, list[int]]:
         example_ids=example_ids,
         sources=sources,
         source_names=facts["source_names"],
+        role_names=facts["role_names"],
         num_unknown_tokens=facts["num_unknown_tokens"],
         report=report,
     )

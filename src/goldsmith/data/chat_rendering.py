@@ -18,6 +18,7 @@ from goldsmith.data.chat_turns import Turn, TurnTexts
 from goldsmith.data.control_tokens import ControlTokens
 from goldsmith.data.drafts import Draft, RejectedError, no_gold, token_weights, turn_weights
 from goldsmith.data.encoding import Encoder
+from goldsmith.data.gold_turns import gold_turns
 from goldsmith.data.rendering_config import RenderingConfig
 from goldsmith.data.rows import Rejection, shorten
 from goldsmith.errors import ConfigError, DataError
@@ -155,18 +156,20 @@ class ChatRenderer:
             return []
         token_ids: list[int] = []
         all_weights: list[npt.NDArray[np.float32]] = []
+        speakers: list[tuple[int, str]] = []
         is_whole = self._config.turns != "expanded"
         if is_whole:
-            for _, context, ids, weights in pieces:
+            for turn, context, ids, weights in pieces:
                 if context[: len(token_ids)] != token_ids:
                     is_whole = False
                     break
                 all_weights += [np.zeros(len(context) - len(token_ids), dtype=np.float32), weights]
                 token_ids = context + ids
+                speakers += self._speakers(plan, turn, context, len(ids))
         example_id = plan.conversation.example_id
         if is_whole:
             num_bytes = sum(len(turn.gold_text.encode("utf-8")) for turn, *_ in pieces)
-            drafts = [self._draft(example_id, token_ids, np.concatenate(all_weights), num_bytes)]
+            drafts = [self._draft(example_id, token_ids, np.concatenate(all_weights), num_bytes, speakers)]
         elif self._config.turns == "together":
             raise RejectedError(
                 "turns cannot be trained together",
@@ -180,6 +183,8 @@ class ChatRenderer:
                     context + ids,
                     np.concatenate([np.zeros(len(context), dtype=np.float32), weights]),
                     len(turn.gold_text.encode("utf-8")),
+                    self._speakers(plan, turn, context, len(ids)),
+                    number=number,
                 )
                 for number, (turn, context, ids, weights) in enumerate(pieces, start=1)
             ]
@@ -194,9 +199,31 @@ class ChatRenderer:
         return drafts
 
     @staticmethod
-    def _draft(example_id: str, token_ids: list[int], weights: npt.NDArray[np.float32], num_bytes: int) -> Draft:
+    def _draft(
+        example_id: str,
+        token_ids: list[int],
+        weights: npt.NDArray[np.float32],
+        num_bytes: int,
+        speakers: list[tuple[int, str]],
+        *,
+        number: int = 1,
+    ) -> Draft:
         weights[0] = 0.0  # nothing comes before the first token to predict it
-        return Draft(example_id=example_id, token_ids=token_ids, target_weights=weights, num_bytes=num_bytes)
+        turns = gold_turns(weights, speakers, first=number)
+        return Draft(
+            example_id=example_id, token_ids=token_ids, target_weights=weights, num_bytes=num_bytes, turns=turns
+        )
+
+    def _speakers(self, plan: Plan, turn: Turn, context: list[int], num_gold: int) -> list[tuple[int, str]]:
+        """Whose words the gold is, by the position of tokens; a token over the edge of two messages is the later one's."""
+        if len(turn.speakers) == 1:
+            return [(len(context), turn.speakers[0][1])]
+        if not turn.speakers or not self._encoder.has_offsets:
+            return []
+        [found] = self._encoder.with_offsets([turn.whole], plan.notation)
+        ends = [end for _, end in found.offsets[len(context) : len(context) + num_gold]]
+        begins = np.searchsorted(ends, [len(turn.context) + begin for begin, _ in turn.speakers], side="right")
+        return [(len(context) + begin, role) for begin, (_, role) in zip(begins.tolist(), turn.speakers, strict=True)]
 
     def _require_text(self, plan: Plan, turn: Turn, whole: list[int]) -> None:
         """That the control tokens among the ids are those of the template, and none came out of words."""

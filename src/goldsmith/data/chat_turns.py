@@ -41,6 +41,8 @@ class Turn:
         end_id: of the token that ends `gold`; None where the text has none.
         appended: ids that end it then.
         regions: where characters have weights of their own, in `context + gold`.
+        speakers: whose words the gold is: (character of `gold` from which on, role), ascending; empty where the template does not
+            tell one message from the next.
         mismatches: whether a server is given more than `context`, which the turn does not continue.
     """
 
@@ -51,6 +53,7 @@ class Turn:
     end_id: int | None
     appended: tuple[int, ...]
     regions: tuple[Region, ...]
+    speakers: tuple[tuple[int, str], ...]
     mismatches: bool = False
 
     @property
@@ -186,6 +189,7 @@ class TurnTexts:
             # A template with no end of turn: the end token is appended, else a model never stops.
             appended=() if end is not None else tuple(end_ids(self._tokenizer, self._config)),
             regions=regions,
+            speakers=((0, message.role),),
             mismatches=mismatches,
         )
 
@@ -290,6 +294,7 @@ class TurnTexts:
             end_id=plan.notation.token_id(last.group()) if has_end and last is not None else None,
             appended=(),
             regions=regions,
+            speakers=((0, message.role),),
         )
 
     def _places(self, plan: Plan, index: int, whole: str, located: str) -> list[int | None]:
@@ -323,8 +328,7 @@ class TurnTexts:
         jobs = []
         for plan in plans:
             cuts = [(end, False) for end in range(len(plan.messages), 0, -1)]
-            weighted = any(message.weight != 1 or message.spans for message in plan.conversation.messages)
-            jobs.append(Job(messages=plan.messages, tools=plan.tools, cuts=cuts if weighted else cuts[:1]))
+            jobs.append(Job(messages=plan.messages, tools=plan.tools, cuts=cuts))
         result: dict[int, list[Turn] | RejectedError] = {}
         for plan, texts in zip(plans, self._template.render(jobs), strict=True):
             try:
@@ -339,17 +343,14 @@ class TurnTexts:
         messages = plan.conversation.messages
         text = self._text(plan, texts[0])
         regions: list[Region] = []
-        if len(texts) > 1:
-            ends = [0]
-            for number, found in enumerate(reversed(texts), start=1):
-                part = self._without_closing(plan, self._text(plan, found)) if number < len(messages) else text
-                if not text.startswith(part):
-                    raise RejectedError(
-                        "words without a place",
-                        f"the template writes messages[{number - 1}] otherwise when more follow, so that its tokens cannot be "
-                        "weighted; leave the weights out, or train on the assistant",
-                    )
-                ends.append(len(part))
+        is_weighted = any(message.weight != 1 or message.spans for message in messages)
+        ends: list[int] = []
+        try:
+            ends = self._message_ends(plan, texts, text)
+        except RejectedError:
+            if is_weighted:
+                raise
+        if is_weighted:
             for index, message in enumerate(messages):
                 spans: list[Region] = []
                 if message.spans:
@@ -377,7 +378,22 @@ class TurnTexts:
             end_id=None,
             appended=() if ends_itself else tuple(end_ids(self._tokenizer, self._config)),
             regions=tuple(region for region in regions if region.begin < region.end),
+            speakers=tuple(zip(ends[:-1], (message.role for message in messages), strict=True)) if ends else (),
         )
+
+    def _message_ends(self, plan: Plan, texts: list[str | Failure], text: str) -> list[int]:
+        """0, then where the words of each message end in `text`; with each what the template writes around it."""
+        ends = [0]
+        for number, found in enumerate(reversed(texts), start=1):
+            part = self._without_closing(plan, self._text(plan, found)) if number < len(texts) else text
+            if not text.startswith(part):
+                raise RejectedError(
+                    "words without a place",
+                    f"the template writes messages[{number - 1}] otherwise when more follow, so that its tokens cannot be "
+                    "weighted; leave the weights out, or train on the assistant",
+                )
+            ends.append(max(ends[-1], len(part)))
+        return ends
 
 
 def _renamed(message: Message) -> list[dict[str, Any]]:

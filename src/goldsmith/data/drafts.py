@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from goldsmith.data.rendering_config import RenderingConfig
 from goldsmith.data.rows import Rejection
-from goldsmith.types import Conversation
+from goldsmith.types import Conversation, GoldTurn
 
 __all__ = ["Draft", "Region", "RejectedError", "no_gold", "token_weights", "turn_weights"]
 
@@ -24,12 +24,14 @@ class Draft:
         token_ids: context and gold, in order.
         target_weights: float32, one a token; 0 is context.
         num_bytes: UTF-8 length of the gold text without the end token.
+        turns: see `TokenizedExample`.
     """
 
     example_id: str
     token_ids: list[int]
     target_weights: npt.NDArray[np.float32]
     num_bytes: int
+    turns: tuple[GoldTurn, ...]
 
 
 @dataclass(frozen=True, slots=True)

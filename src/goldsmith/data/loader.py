@@ -23,7 +23,7 @@ from goldsmith.data.sources import SourcePart, SourceReader, memory_part
 from goldsmith.data.truncation import Losses
 from goldsmith.errors import ConfigError, DataError
 from goldsmith.records import DataReport, FileReport
-from goldsmith.types import Conversation, Message, TokenizedExample
+from goldsmith.types import Conversation, GoldTurn, Message, TokenizedExample
 
 __all__ = ["Dataset", "RowWatcher", "gold_runs", "load_dataset", "read_texts", "render_rows", "watch_rows"]
 
@@ -68,7 +68,7 @@ class RowWatcher(Protocol):
 
 
 class Dataset(Sequence[TokenizedExample]):
-    """Examples in flat arrays. Legend: E examples, N tokens of all together. Nothing here changes after loading.
+    """Examples in flat arrays. Legend: E examples, N tokens and G gold turns of all together. Nothing here changes after loading.
 
     Attributes:
         token_ids: int32 [N], the examples end to end.
@@ -84,6 +84,10 @@ class Dataset(Sequence[TokenizedExample]):
         example_ids, sources: one an example; ids are unique.
         source_names: of the sources, in the order in which they were read.
         source_indices: int32 [E], index into `source_names`.
+        turn_counts: int32 [E], how many gold turns an example has; 0 where they are not known.
+        turn_begins, turn_numbers: int32 [G], see `GoldTurn`.
+        turn_roles: int32 [G], index into `role_names`.
+        role_names: of the messages that have gold.
         num_unknown_tokens: tokens that are the tokenizer's unknown token: text that it could not write.
         report: what became of every row.
     """
@@ -134,11 +138,17 @@ class Dataset(Sequence[TokenizedExample]):
         self.sources: list[str] = builder.sources
         self.source_names: list[str] = list(builder.source_names)
         self.source_indices: npt.NDArray[np.int32] = np.array(builder.source_indices, dtype=np.int32)
-        self._sum_weights()
+        self.turn_counts: npt.NDArray[np.int32] = np.array(builder.turn_counts, dtype=np.int32)
+        self.turn_begins: npt.NDArray[np.int32] = np.array(builder.turn_begins, dtype=np.int32)
+        self.turn_numbers: npt.NDArray[np.int32] = np.array(builder.turn_numbers, dtype=np.int32)
+        self.turn_roles: npt.NDArray[np.int32] = np.array(builder.turn_roles, dtype=np.int32)
+        self.role_names: list[str] = list(builder.role_names)
+        self._sum_up()
         self.num_unknown_tokens = 0 if unknown_id is None else int(np.count_nonzero(self.token_ids == unknown_id))
         self.report = report
 
-    def _sum_weights(self) -> None:
+    def _sum_up(self) -> None:
+        self._turn_offsets = np.concatenate([[0], np.cumsum(self.turn_counts)]).astype(np.int64)
         starts = self.offsets[:-1]
         empty = len(self.example_ids) == 0
         self.weight_sums: npt.NDArray[np.float64] = (
@@ -156,6 +166,7 @@ class Dataset(Sequence[TokenizedExample]):
         example_ids: list[str],
         sources: list[str],
         source_names: list[str],
+        role_names: list[str],
         num_unknown_tokens: int,
         report: DataReport,
     ) -> Dataset:
@@ -167,7 +178,8 @@ class Dataset(Sequence[TokenizedExample]):
             setattr(dataset, name, array)
         dataset.offsets = np.concatenate([[0], np.cumsum(dataset.lengths)]).astype(np.int64)
         dataset.example_ids, dataset.sources, dataset.source_names = example_ids, sources, source_names
-        dataset._sum_weights()
+        dataset.role_names = role_names
+        dataset._sum_up()
         dataset.num_unknown_tokens = num_unknown_tokens
         dataset.report = report
         return dataset
@@ -196,15 +208,28 @@ class Dataset(Sequence[TokenizedExample]):
             example_weight=float(self.example_weights[position]),
             source=self.sources[position],
             num_bytes=int(self.num_bytes[position]),
+            turns=self._turns(position),
+        )
+
+    def _turns(self, position: int) -> tuple[GoldTurn, ...]:
+        return tuple(
+            GoldTurn(
+                begin=int(self.turn_begins[index]),
+                number=int(self.turn_numbers[index]),
+                role=self.role_names[self.turn_roles[index]],
+            )
+            for index in range(int(self._turn_offsets[position]), int(self._turn_offsets[position + 1]))
         )
 
     def last_turn(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """The ids before the last run of gold, and the run itself (its end token included).
+        """The ids before the last run of a turn's gold, and the run itself (its end token included).
 
         The first is what a server is given for that turn, unless a token straddles the boundary (`boundary: joint`).
         """
         example = self[index]
         first, end = gold_runs(example.target_weights)[-1]
+        if example.turns:  # what comes right before may be gold too, of another's
+            first = max(first, example.turns[-1].begin)
         return example.token_ids[:first], example.token_ids[first:end]
 
     def context_text(self, index: int, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -247,6 +272,11 @@ class _Builder:
         self.sources: list[str] = []
         self.source_names: dict[str, int] = {}
         self.source_indices: list[int] = []
+        self.turn_counts: list[int] = []
+        self.turn_begins: list[int] = []
+        self.turn_numbers: list[int] = []
+        self.turn_roles: list[int] = []
+        self.role_names: dict[str, int] = {}
         self._pending: list[TokenizedExample] = []
 
     def add(self, example: TokenizedExample, *, group: int, repeat: float, source_name: str) -> None:
@@ -259,6 +289,11 @@ class _Builder:
         self.example_ids.append(example.example_id)
         self.sources.append(example.source)
         self.source_indices.append(self.source_names.setdefault(source_name, len(self.source_names)))
+        self.turn_counts.append(len(example.turns))
+        for turn in example.turns:
+            self.turn_begins.append(turn.begin)
+            self.turn_numbers.append(turn.number)
+            self.turn_roles.append(self.role_names.setdefault(turn.role, len(self.role_names)))
         if len(self._pending) >= _ROWS_AT_ONCE:
             self.flush()
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from goldsmith.data.control_tokens import ControlTokens
 from goldsmith.data.drafts import Draft, Region, RejectedError, no_gold, token_weights, turn_weights
 from goldsmith.data.encoding import Encoded, Encoder
+from goldsmith.data.gold_turns import gold_turns
 from goldsmith.data.rendering_config import RenderingConfig
 from goldsmith.data.rows import Rejection
 from goldsmith.data.tokenizer import beginning_ids
@@ -142,6 +143,7 @@ class PlainRenderer:
             token_ids=context + row.completion + end,
             target_weights=weights,
             num_bytes=num_bytes,
+            turns=gold_turns(weights, [(0, prompt.role), (len(context), completion.role)]),
         )
 
     def _begun(self, ids: list[int]) -> list[int] | None:

@@ -171,4 +171,5 @@ class Renderer:
             example_weight=conversation.example_weight,
             source=conversation.source,
             num_bytes=draft.num_bytes,
+            turns=draft.turns,
         )

@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from goldsmith.data.gold_turns import kept_turns, turn_indices
 from goldsmith.data.rows import Rejection
 from goldsmith.types import Conversation, Message, TokenizedExample
 
@@ -199,7 +200,12 @@ def cut_left(example: TokenizedExample, max_length: int, *, beginning_id: int | 
     if overflow >= int(np.flatnonzero(example.target_weights)[0]) - first:
         return None
     kept = np.r_[0:first, first + overflow : example.num_tokens]
-    return dataclasses.replace(example, token_ids=example.token_ids[kept], target_weights=example.target_weights[kept])
+    return dataclasses.replace(
+        example,
+        token_ids=example.token_ids[kept],
+        target_weights=example.target_weights[kept],
+        turns=kept_turns(example, kept),
+    )
 
 
 def cut_right(
@@ -222,20 +228,21 @@ def cut_right(
     gold = np.flatnonzero(weights[:max_length])
     if gold.size == 0:
         return None
-    cut_ids, cut_weights = ids[: gold[-1] + 1], weights[: gold[-1] + 1]
+    kept = np.arange(gold[-1] + 1)
     if keep_end_token and max_length >= 3 and np.all(weights[max_length - 2 : max_length + 1] > 0):
         # The turn goes on over the cut; its last token is the last before the next context.
         after = np.flatnonzero(weights[max_length:] == 0)
         last = max_length + int(after[0]) - 1 if after.size else example.num_tokens - 1
-        if int(ids[last]) in end_ids:
-            cut_ids = np.concatenate([ids[: max_length - 1], ids[last : last + 1]])
-            cut_weights = np.concatenate([weights[: max_length - 1], weights[last : last + 1]])
+        if _is_one_turn(example, max_length - 2, last) and int(ids[last]) in end_ids:
+            kept = np.r_[0 : max_length - 1, last]
+    cut_ids, cut_weights = ids[kept], weights[kept]
     words = [int(token) for token in cut_ids[cut_weights > 0] if int(token) not in end_ids]
     return dataclasses.replace(
         example,
-        token_ids=cut_ids.copy(),
-        target_weights=cut_weights.copy(),
+        token_ids=cut_ids,
+        target_weights=cut_weights,
         num_bytes=min(example.num_bytes, count_bytes(words)),
+        turns=kept_turns(example, kept),
     )
 
 
@@ -264,16 +271,18 @@ def split_gold(
     ends = _byte_ends(example, [end for _, end in spans], count_bytes)
     parts = []
     for number, (begin, end) in enumerate(spans, start=1):
-        part_weights = np.concatenate([weights[:context], weights[begin:end]])
+        kept = np.r_[0:context, begin:end]
+        part_weights = weights[kept]
         share = float(part_weights.sum(dtype=np.float64)) / example.weight_sum if share_weight else 1.0
         parts.append(
             dataclasses.replace(
                 example,
-                token_ids=np.concatenate([ids[:context], ids[begin:end]]),
+                token_ids=ids[kept],
                 target_weights=part_weights,
                 example_id=f"{example.example_id}#{number}",
                 example_weight=example.example_weight * share,
                 num_bytes=ends[number] - ends[number - 1],
+                turns=kept_turns(example, kept),
             )
         )
     return parts
@@ -358,6 +367,14 @@ def _fit_ids(
             count_bytes=count_bytes,
         )
     return None if cut is None else [cut]
+
+
+def _is_one_turn(example: TokenizedExample, first: int, last: int) -> bool:
+    """Whether two gold tokens are of one message, as far as that is known."""
+    if not example.turns:
+        return True
+    one, other = turn_indices(example, np.array([first, last])).tolist()
+    return bool(one == other)
 
 
 def _rejection(row: Conversation | TokenizedExample, detail: str) -> Rejection:

@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from goldsmith.inspection.lengths import bars_svg
 from goldsmith.inspection.report import InspectReport, duration, losses_line, rows_line, size
-from goldsmith.inspection.visible import visible
+from goldsmith.inspection.visible import near, visible
 
 __all__ = ["html_page"]
 
@@ -44,7 +44,7 @@ svg text { font-size: 9px; text-anchor: middle; fill: currentColor; }
 <li>rejected, {{ reason | visible }}: {{ "{:,}".format(count) }}</li>{% endfor %}</ul>{% endif %}
 {% if losses_line(split.report) %}<p>{{ losses_line(split.report) }}</p>{% endif %}
 <table><tr><th>file<th>rows<th>examples<th>tokens<th>gold<th>gold share</tr>
-{% for file in split.report.files %}<tr><td>{{ file.path | visible }}<td>{{ "{:,}".format(file.used) }}
+{% for file in split.report.files %}<tr><td>{{ file.path | near | visible }}<td>{{ "{:,}".format(file.used) }}
 <td>{{ "{:,}".format(file.examples) }}<td>{{ "{:,}".format(file.tokens) }}<td>{{ "{:,}".format(file.gold_tokens) }}
 <td>{{ "{:.1%}".format(file.gold_tokens / file.tokens) if file.tokens else "-" }}</tr>{% endfor %}</table>
 <table><tr><th>role<th>messages<th>characters<th>gold characters</tr>
@@ -64,8 +64,8 @@ svg text { font-size: 9px; text-anchor: middle; fill: currentColor; }
 <p><span class="level {{ finding.level }}">{{ finding.level }}</span><b>{{ finding.kind }}</b> ({{ finding.split }}):
 {{ "{:,}".format(finding.count) }} rows: {{ finding.meaning }}<br><span class="note">{{ finding.remedy }}</span></p>
 <details class="places"><summary>rows</summary>
-{% for place in finding.places[:shown_places] %}<div>{{ place.source | visible }}
-{%- if place.detail %}: {{ place.detail | visible }}{% endif %}</div>{% endfor %}
+{% for place in finding.places[:shown_places] %}<div>{{ place.source | near | visible }}
+{%- if place.detail %}: {{ place.detail | near | visible }}{% endif %}</div>{% endfor %}
 {% if finding.count > shown_places %}<div>... and {{ "{:,}".format(finding.count - shown_places) }} more</div>{% endif %}
 </details>
 {% else %}<p>none</p>
@@ -86,7 +86,8 @@ peak memory {{ size(report.measured.peak_memory_bytes) }}.</p>
 {% if report.examples %}<h2>Examples</h2>
 <p class="note">Gold is coloured; its weight stands beside it where it is not 1. Hover for ids.</p>{% endif %}
 {% for example in report.examples %}
-<h4>{{ example.example_id | visible }} ({{ example.source | visible }}), weight {{ "{:g}".format(example.example_weight) }}</h4>
+<h4>{{ example.example_id | visible }} ({{ example.source | near | visible }}),
+weight {{ "{:g}".format(example.example_weight) }}</h4>
 <div class="example">
 {%- for run in example.runs(max_tokens=shown_tokens) -%}
 {%- for token in run.tokens -%}
@@ -106,7 +107,7 @@ def html_page(report: InspectReport) -> str:
     """The page."""
     # Before a value is escaped: what would be obeyed or hidden by a browser is written out.
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters["visible"] = visible
+    environment.filters |= {"near": near, "visible": visible}
     return environment.from_string(_PAGE).render(
         report=report,
         rows_line=rows_line,

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
 from goldsmith.errors import DataError
-from goldsmith.inspection.findings import Finding
+from goldsmith.inspection.findings import Finding, Place
 from goldsmith.inspection.lengths import bars_text
 from goldsmith.inspection.plan import Measured, Plan
 from goldsmith.inspection.shown import ShownExample
 from goldsmith.inspection.survey import SplitSurvey
-from goldsmith.inspection.visible import visible
+from goldsmith.inspection.visible import near, visible
 from goldsmith.records import DataReport
 
 __all__ = ["InspectReport", "duration", "size"]
@@ -23,6 +25,8 @@ __all__ = ["InspectReport", "duration", "size"]
 # Rows of a finding that are named in text; JSON has more.
 _SHOWN_PLACES = 20
 _SHOWN_TOKENS = 400
+# Characters of a file's name in a table; of a longer one the end is shown.
+_NAME_LENGTH = 48
 _STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 
 
@@ -158,19 +162,20 @@ def _split_text(split: SplitSurvey) -> Iterator[Text]:
         yield Text(f"  rejected, {visible(reason)}: {count:,}")
     if losses := losses_line(report):
         yield Text(f"  {losses}")
-    width = max([6, *(len(visible(file.path)) for file in report.files)])
+    names = [_end_of(visible(near(file.path))) for file in report.files]
+    width = max([6, *(cell_len(name) for name in names), *(cell_len(visible(role)) for role in split.roles)])
     yield Text(f"  {'file':<{width}} {'rows':>11} {'examples':>11} {'tokens':>13} {'gold':>13} {'gold share':>11}")
-    for file in report.files:
+    for name, file in zip(names, report.files, strict=True):
         share = f"{file.gold_tokens / file.tokens:.1%}" if file.tokens else "-"
         yield Text(
-            f"  {visible(file.path):<{width}} {file.used:>11,} {file.examples:>11,} {file.tokens:>13,} "
+            f"  {set_cell_size(name, width)} {file.used:>11,} {file.examples:>11,} {file.tokens:>13,} "
             f"{file.gold_tokens:>13,} {share:>11}"
         )
     if split.roles:
         yield Text(f"  {'role':<{width}} {'messages':>11} {'characters':>11} {'gold':>13}")
         for role, said in split.roles.items():
             yield Text(
-                f"  {visible(role):<{width}} {said.messages:>11,} {said.characters:>11,} {said.gold_characters:>13,}"
+                f"  {set_cell_size(visible(role), width)} {said.messages:>11,} {said.characters:>11,} {said.gold_characters:>13,}"
             )
     if split.lengths:
         first = next(iter(split.lengths.values()))
@@ -202,14 +207,30 @@ def _findings_text(findings: tuple[Finding, ...]) -> Iterator[Text]:
         shown = finding.places[:_SHOWN_PLACES]
         if any(place.detail for place in shown):
             for place in shown:
-                detail = f": {visible(place.detail)}" if place.detail else ""
-                yield Text(f"            {visible(place.source)}{detail}")
+                detail = f": {visible(near(place.detail))}" if place.detail else ""
+                yield Text(f"            {visible(near(place.source))}{detail}")
         else:
-            yield Text("            " + ", ".join(visible(place.source) for place in shown))
+            yield from (Text(f"            {line}") for line in _places(shown))
         if finding.count > len(shown):
             yield Text(f"            ... and {finding.count - len(shown):,} more")
         yield Text(f"            Remedy: {finding.remedy}", style="dim")
     yield Text("")
+
+
+def _places(places: Sequence[Place]) -> Iterator[str]:
+    """One line a file, with its rows: `train.jsonl:3, 14, 15`."""
+    for file, rows in itertools.groupby((place.source.rpartition(":") for place in places), key=lambda parts: parts[0]):
+        numbers = ", ".join(number for _, _, number in rows)
+        yield visible(near(f"{file}:{numbers}" if file else numbers))
+
+
+def _end_of(name: str) -> str:
+    """As much of the end of a long name as a table has room for."""
+    if cell_len(name) <= _NAME_LENGTH:
+        return name
+    while cell_len(name) >= _NAME_LENGTH:
+        name = name[1:]
+    return f"…{name}"
 
 
 def _plan_text(plan: Plan | None, measured: Measured | None, not_measured: str | None) -> Iterator[Text]:
@@ -242,7 +263,7 @@ def _plan_text(plan: Plan | None, measured: Measured | None, not_measured: str |
 def _example_text(example: ShownExample) -> Iterator[Text]:
     gold = sum(token.weight > 0 for token in example.tokens)
     yield Text(
-        f"{visible(example.example_id)} ({visible(example.source)}): {len(example.tokens):,} tokens, {gold:,} gold, weight "
+        f"{visible(example.example_id)} ({visible(near(example.source))}): {len(example.tokens):,} tokens, {gold:,} gold, weight "
         f"{example.example_weight:g}",
         style="bold",
     )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["HIDDEN", "token_texts", "visible"]
+__all__ = ["HIDDEN", "near", "token_texts", "visible"]
 
 # Control characters but for tab and line ends, marks that turn the direction of text, and those of no width. Joiners (U+200C,
 # U+200D) and the marks of a script's direction (U+200E, U+200F) are part of ordinary text in several scripts.
@@ -25,6 +26,18 @@ def visible(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(_shown(character) for character in text)
+
+
+def near(text: str) -> str:
+    """Absolute paths in a text, those that lie below the current directory, as they are from there.
+
+    >>> near(f"as {Path.cwd()}/data/train.jsonl:3, /elsewhere/train.jsonl:4")
+    'as data/train.jsonl:3, /elsewhere/train.jsonl:4'
+    """
+    folder = Path.cwd().as_posix()
+    if folder == "/" or folder not in text:
+        return text
+    return re.sub(rf"(?<![\w.~/-]){re.escape(folder)}/", "", text)
 
 
 def _shown(character: str) -> str:

@@ -29,7 +29,17 @@ __all__ = ["MAX_EXAMPLES", "ReportConfig", "page_of_payload", "payload_of", "ren
 MAX_EXAMPLES = 1000
 
 STYLES = ("uPlot.min.css", "page.css", "gold.css")
-SCRIPTS = ("uPlot.iife.min.js", "data.js", "format.js", "charts.js", "overview.js", "gold.js", "compare.js", "page.js")
+SCRIPTS = (
+    "uPlot.iife.min.js",
+    "data.js",
+    "format.js",
+    "charts.js",
+    "overview.js",
+    "gold.js",
+    "differing.js",
+    "compare.js",
+    "page.js",
+)
 
 
 class ReportConfig(BaseModel):

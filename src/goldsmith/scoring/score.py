@@ -12,13 +12,23 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from goldsmith.data.gold_turns import turn_indices
 from goldsmith.data.loader import Dataset
 from goldsmith.models.evaluate import GoldStatistics, statistics_of, windows
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.scoring.texts import TokenTexts, num_context_tokens
 from goldsmith.types import TokenizedExample, TokenScore, TokenScores
 
-__all__ = ["Asked", "GoldTokens", "ScoredExample", "score_dataset", "score_windows", "turn_numbers", "without_context"]
+__all__ = [
+    "Asked",
+    "GoldTokens",
+    "ScoredExample",
+    "gold_roles",
+    "score_dataset",
+    "score_windows",
+    "turn_numbers",
+    "without_context",
+]
 
 # Examples are sorted by length within a window, and an interrupted run goes on from the end of one. In float32 a number may
 # depend on the pack by its last digit, so windows depend on the data and the budget alone.
@@ -53,11 +63,13 @@ class GoldTokens:
         log_probs: float64 [K].
         is_best: bool [K], no token is likelier.
         turns: int64 [K], the gold turn that each belongs to, from 1.
+        roles: role -> bool [K], whether a token is of its words; empty where that is not known.
     """
 
     log_probs: npt.NDArray[np.float64]
     is_best: npt.NDArray[np.bool_]
     turns: npt.NDArray[np.int64]
+    roles: Mapping[str, npt.NDArray[np.bool_]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,11 +190,25 @@ def without_context(example: TokenizedExample, beginning: tuple[int, ...]) -> To
 
 
 def turn_numbers(example: TokenizedExample) -> npt.NDArray[np.int64]:
-    """Which gold turn each gold token belongs to, from 1: the `@turn` of the id, else stretches of gold are counted."""
+    """Which gold turn each gold token belongs to, from 1.
+
+    Where the row came tokenised that is not known: then the `@turn` of the id, else stretches of gold are counted.
+    """
     gold = np.flatnonzero(example.target_weights > 0)
+    if example.turns:
+        return np.array([turn.number for turn in example.turns])[turn_indices(example, gold)]
     if (turn := _TURN.search(example.example_id)) is not None:
         return np.full(len(gold), int(turn.group(1)), dtype=np.int64)
     return 1 + np.concatenate([[0], np.cumsum(np.diff(gold) > 1)]).astype(np.int64)
+
+
+def gold_roles(example: TokenizedExample) -> dict[str, npt.NDArray[np.bool_]]:
+    """Of each role which gold tokens are its words; empty where that is not known."""
+    roles = [turn.role for turn in example.turns]
+    if len(set(roles)) <= 1:
+        return {role: np.ones(example.num_target_tokens, dtype=np.bool_) for role in roles[:1]}
+    indices = turn_indices(example, np.flatnonzero(example.target_weights > 0))
+    return {role: np.array([one == role for one in roles])[indices] for role in dict.fromkeys(roles)}
 
 
 def _scored(
@@ -208,7 +234,9 @@ def _scored(
         log_prob_without_context=None if alone is None else math.fsum(alone.log_probs.tolist()),
         tokens=_tokens(example, found, texts) if asked.tokens else None,
     )
-    gold = GoldTokens(log_probs=found.log_probs, is_best=found.is_best, turns=turn_numbers(example))
+    gold = GoldTokens(
+        log_probs=found.log_probs, is_best=found.is_best, turns=turn_numbers(example), roles=gold_roles(example)
+    )
     return ScoredExample(scores=scores, gold=gold)
 
 

@@ -48,7 +48,7 @@ Parts = dict[tuple[str, str], tuple[float, int, int]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreGroup:
-    """The gold of one source, turn, position or length.
+    """The gold of one source, role, turn, position or length.
 
     Attributes:
         by: which breakdown, one of `BREAKDOWNS`.
@@ -343,12 +343,11 @@ class ScoreTally:
             counts.append(count)
             bests.append(num_best)
 
-    def summary(self, *, num_resamples: int = 2000, seed: int = 0, role: str | None = None) -> ScoreSummary:
+    def summary(self, *, num_resamples: int = 2000, seed: int = 0) -> ScoreSummary:
         """The figures so far.
 
         Args:
             num_resamples, seed: of the bootstrap.
-            role: of all gold, where it is one.
 
         Raises:
             DataError: nothing was scored, or the number of gold tokens is not known for some example.
@@ -404,18 +403,6 @@ class ScoreTally:
             )
             for key, (places, part_log_probs, part_counts, _) in shown
         ]
-        if role is not None:
-            whole = ScoreGroup(
-                by="role",
-                label=role,
-                num_examples=len(log_probs),
-                num_target_tokens=int(counts.sum()),
-                log_prob=math.fsum(self._log_probs),
-                nll_per_token=found["nll_per_token"],
-                token_accuracy=found.get("token_accuracy"),
-            )
-            place = sum(BREAKDOWNS.index(group.by) < BREAKDOWNS.index("role") for group in groups)
-            groups.insert(place, whole)
         difficulty = None
         if has_without:
             q5, q25, q50, q75, q95 = np.quantile(ratios, [0.05, 0.25, 0.5, 0.75, 0.95]).tolist()
@@ -445,12 +432,12 @@ class ScoreTally:
     def _shown_parts(
         self,
     ) -> list[tuple[tuple[str, str], tuple[array[int], array[float], array[int], array[int]]]]:
-        """Breakdowns of more than one part, in order."""
+        """Breakdowns of more than one part, and the roles, in order."""
         parts = sorted(self._parts.items(), key=lambda item: (BREAKDOWNS.index(item[0][0]), _label_order(item[0][1])))
         numbers: dict[str, int] = {}
         for by, _ in self._parts:
             numbers[by] = numbers.get(by, 0) + 1
-        return [(key, columns) for key, columns in parts if numbers[key[0]] > 1]
+        return [(key, columns) for key, columns in parts if numbers[key[0]] > 1 or key[0] == "role"]
 
 
 class _Figures:
@@ -497,6 +484,11 @@ def parts_of(scores: TokenScores, gold: GoldTokens | None = None) -> Parts:
     turns: npt.NDArray[np.int64] | None = None
     if gold is not None:
         log_probs, is_best, turns = gold.log_probs, gold.is_best, gold.turns
+        for role, is_own in gold.roles.items():
+            if is_own.all():
+                parts["role", role] = (scores.log_prob, scores.num_target_tokens, int(np.count_nonzero(is_best)))
+            else:
+                _add(parts, ("role", role), is_own, log_probs, is_best)
     elif scores.tokens is not None:
         log_probs = np.array([token.log_prob for token in scores.tokens])
         ranks = [token.rank for token in scores.tokens]

@@ -38,7 +38,7 @@ from goldsmith.training.checkpoint import load_weights
 from goldsmith.types import Conversation, Message
 from goldsmith.workflows.materials import Rows, causal_lm_of, choose_trained
 
-__all__ = ["Answer", "Answers", "OpenModel", "generate", "only_role", "open_model"]
+__all__ = ["Answer", "Answers", "OpenModel", "generate", "open_model"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,6 @@ class OpenModel:
         model: in float32 (or float64), packed attention; half precision where it was asked for by name.
         columns: of the run's recipe, where the model is a run's.
         shares_contexts: the proof found that packs may carry a shared context once.
-        role: of all gold, where it is one.
     """
 
     name: str
@@ -58,7 +57,6 @@ class OpenModel:
     renderer: Renderer
     columns: Columns | None
     shares_contexts: bool = False
-    role: str | None = None
 
     def dataset(
         self,
@@ -150,24 +148,12 @@ def open_model(
         renderer=Renderer(tokenizer, rendering, limit),
         columns=columns,
         shares_contexts=proof.shares_contexts,
-        role=only_role(rendering.train_on),
     )
 
 
 def _scoring_dtype(dtype: DtypeName) -> torch.dtype:
     """Products are float32 unless half precision is asked for by name: numbers that are compared are worth the time."""
     return torch.float32 if dtype in ("auto", "float64") else resolve_dtype(dtype, torch.device("cpu"))
-
-
-def only_role(train_on: object) -> str | None:
-    """The role of all gold where `rendering.train_on` names one alone.
-
-    >>> only_role("assistant"), only_role(("tool",)), only_role(("user", "assistant")), only_role("all")
-    ('assistant', 'tool', None, None)
-    """
-    roles = (train_on,) if isinstance(train_on, str) else train_on
-    only = roles[0] if isinstance(roles, list | tuple) and len(roles) == 1 else None
-    return only if isinstance(only, str) and only != "all" else None
 
 
 @dataclass(frozen=True, kw_only=True)

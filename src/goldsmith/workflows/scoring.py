@@ -163,7 +163,7 @@ def score_opened(
             show(done)
         if writer is not None:
             writer.finish()
-    summary = tally.summary(role=opened.role)
+    summary = tally.summary()
     return summary if output is None else replace(summary, output=str(output))
 
 

@@ -37,6 +37,7 @@ CHATS: list[dict[str, object]] = [
 ARRAYS = (
     *("token_ids", "target_weights", "offsets", "lengths", "num_target_tokens", "weight_sums", "example_weights"),
     *("groups", "repeats", "num_bytes", "source_indices"),
+    *("turn_counts", "turn_begins", "turn_numbers", "turn_roles"),
 )
 
 
@@ -99,6 +100,7 @@ def assert_same(one: Dataset, other: Dataset) -> None:
     assert one.example_ids == other.example_ids
     assert one.sources == other.sources
     assert one.source_names == other.source_names
+    assert one.role_names == other.role_names
     assert one.num_unknown_tokens == other.num_unknown_tokens
     assert json.dumps(one.report.to_json()) == json.dumps(other.report.to_json())  # the order of reasons, too
     assert one.report == other.report

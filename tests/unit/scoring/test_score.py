@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.scoring.score import Asked, ScoredExample, score_dataset, score_windows, turn_numbers
 from goldsmith.scoring.summary import ScoreSummary, ScoreTally, parts_of, summarize
 from goldsmith.scoring.texts import TokenTexts, gold_token_texts
-from goldsmith.types import TokenizedExample, TokenScores
+from goldsmith.types import GoldTurn, TokenizedExample, TokenScores
 
 VOCABULARY = 40
 
@@ -415,6 +416,34 @@ def test_turns_are_stretches_of_gold_or_the_turn_of_the_id() -> None:
         num_bytes=1,
     )
     assert turn_numbers(named).tolist() == [3, 3, 3]
+
+
+def test_roles_add_up_to_the_whole() -> None:
+    """Two roles side by side in one row, one role alone in another: each token is summed up under its own."""
+    both = replace(
+        as_example([1, 2, 3, 4, 5, 6], 2),
+        turns=(GoldTurn(begin=2, number=1, role="user"), GoldTurn(begin=4, number=2, role="assistant")),
+    )
+    alone = replace(as_example([7, 8, 9], 1), turns=(GoldTurn(begin=1, number=1, role="assistant"),))
+    assert turn_numbers(both).tolist() == [1, 1, 2, 2]
+    scored = all_scored(Asked(tokens=True), examples=Dataset([both, alone], groups=[0, 1]))
+    summary = summary_of(scored)
+    roles = {group.label: group for group in summary.groups if group.by == "role"}
+    first, second = ([token.log_prob for token in one.scores.tokens or ()] for one in scored)
+    assert roles["user"].log_prob == pytest.approx(sum(first[:2]), rel=1e-12)
+    assert roles["assistant"].log_prob == pytest.approx(sum(first[2:]) + sum(second), rel=1e-12)
+    assert [(role, group.num_examples, group.num_target_tokens) for role, group in roles.items()] == [
+        ("assistant", 2, 4), ("user", 1, 2)
+    ]  # fmt: skip
+    assert "by role of gold" in str(summary)
+    [only] = [group for group in summary_of(scored[1:]).groups if group.by == "role"]
+    whole = summary_of(scored[1:])
+    assert (only.log_prob, only.nll_per_token, only.token_accuracy) == (
+        whole.log_prob, whole.nll_per_token, whole.token_accuracy
+    )  # fmt: skip
+    assert "by role" not in str(whole), "it says what the figures above it say"
+    unknown = all_scored(Asked(), examples=Dataset([as_example([7, 8, 9], 1)]))
+    assert "role" not in {group.by for group in summary_of(unknown).groups}
 
 
 def test_by_source_from_the_names_in_the_rows() -> None:

@@ -17,6 +17,9 @@ function axis(label, format, extra = {}) {
   };
 }
 
+// The value under the pointer; nothing while there is no pointer.
+function inLegend(plot, value, series, index) { return index === null || index === undefined ? "" : figure(value); }
+
 function tick(value) {
   const size = Math.abs(value);
   if (size >= 1e4) return compact(value);
@@ -67,12 +70,12 @@ function lineChart({ title, note, xs, xLabel, yLabel, series, log = false, heigh
         scales: { x: { time: false }, y: log ? { distr: 3 } : {} },
         cursor: { y: false, points: { size: 7 }, drag: { x: true, y: false } },
         legend: { live: true, markers: { width: 0, fill: (_, index) => series[index - 1]?.colour } },
-        axes: [axis(xLabel, tick), axis(yLabel ?? "", tick, { size: 54, ...(log ? { filter: decades } : {}) })],
+        axes: [axis(xLabel, tick), axis(yLabel ?? "", tick, { size: 54, ...(log ? { filter: decades, grid: { stroke: colour("line"), width: 1, filter: decades } } : {}) })],
         series: [
-          { label: xLabel, value: (_, value) => (value === null ? NONE : count(value)) },
+          { label: xLabel, value: (_, value) => (value === null ? "" : count(value)) },
           ...series.map((one) => ({
             label: one.label, stroke: one.colour, width: one.width ?? 1.5, dash: one.dash, spanGaps: true,
-            points: { show: one.points ?? xs.length < 2, size: 6, fill: one.colour }, value: (_, value) => figure(value),
+            points: { show: one.points ?? xs.length < 2, size: 6, fill: one.colour }, value: inLegend,
           })),
         ],
       },
@@ -104,14 +107,14 @@ function barChart({ title, note, edges, counts, xLabel, yLabel, height = 240, su
         legend: { markers: { width: 0, fill: (_, index) => [bars ?? colour("series-1"), ...marks.map((mark) => mark.colour)][index - 1] } },
         axes: [axis(xLabel, format), axis(yLabel, tick, { size: 54 })],
         series: [
-          { label: xLabel, value: (_, value) => (value === null ? NONE : `${format(value - step / 2)} to ${format(value + step / 2)}`) },
+          { label: xLabel, value: (_, value) => (value === null ? "" : `${format(value - step / 2)} to ${format(value + step / 2)}`) },
           {
             label: yLabel, fill: bars ?? colour("series-1"), stroke: bars ?? colour("series-1"), width: 0, points: { show: false },
-            paths: uPlot.paths.bars({ size: [0.94, 60], radius: 0.06 }), value: (_, value) => figure(value),
+            paths: uPlot.paths.bars({ size: [0.94, 60], radius: 0.06 }), value: inLegend,
           },
           ...marks.map((mark) => ({
             label: mark.label, stroke: mark.colour, width: 2, dash: mark.dash, spanGaps: true,
-            points: { show: mark.points, size: 8, fill: mark.colour }, value: (_, value) => figure(value),
+            points: { show: mark.points, size: 8, fill: mark.colour }, value: inLegend,
           })),
         ],
         hooks: onBar ? { ready: [(plot) => {

@@ -31,7 +31,7 @@ function drawCompare(root, report, state, redraw) {
     barChart({
       title: "Change of log P", note: `\u201C${second}\u201D minus \u201C${first}\u201D, nats an example; a click shows the examples of a bar`, edges, counts, xLabel: "change, nats", yLabel: "examples", height: 380,
       summary: `Histogram of the change of log P over ${count(known.length)} examples, from ${signed(Math.min(...changes))} to ${signed(Math.max(...changes))} nats`,
-      onBar: (index) => { state.range = [edges[index], index === counts.length - 1 ? Infinity : edges[index + 1]]; state.page = 0; location.hash = "gold"; },
+      onBar: (index) => { state.only = null; state.range = [edges[index], index === counts.length - 1 ? Infinity : edges[index + 1]]; state.page = 0; location.hash = "gold"; },
     }),
     scatterChart({
       title: "log P of each example", note: "above the line the second gives more; a click shows the example", xLabel: first, yLabel: second,
@@ -41,6 +41,7 @@ function drawCompare(root, report, state, redraw) {
     })), detail);
   detail.addEventListener("keydown", (event) => tokenKeys(event, detail));
   show(state.point !== null && state.point < report.ids.length ? state.point : null);
+  drawDiffering(root, report, state);
 }
 
 // Bins of a round width that hold all values; an edge lies at 0 where values have both signs.

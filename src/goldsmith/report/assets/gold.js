@@ -26,6 +26,7 @@ function perToken(report, side, example) {
 // The numbers of the examples that the state asks for, in its order.
 function chosenExamples(report, state) {
   const query = state.query.trim().toLowerCase();
+  if (state.only) return [state.only.example];
   const chosen = report.ids.map((_, example) => example).filter((example) => {
     if (state.source !== "" && report.examples.source_name[example] !== state.source) return false;
     if (state.range) {
@@ -63,7 +64,7 @@ function drawGold(root, report, state, redraw) {
       list.querySelector("[role=option]")?.focus({ preventScroll: true });
     }
   };
-  const again = () => { state.page = 0; fill(); };
+  const again = () => { state.page = 0; dropOnly(); fill(); };
 
   const sorts = Object.entries(SORTS).filter(([name]) => paired || (name !== "gain" && name !== "loss")).map(([name, [text]]) => [name, text]);
   const sources = [...new Set(report.examples.source_name)].sort();
@@ -83,16 +84,19 @@ function drawGold(root, report, state, redraw) {
   drawLegend();
   const range = state.range ? el("button", { type: "button", class: "chip", onclick: () => { state.range = null; redraw(); } },
     `change from ${signed(state.range[0])} to ${signed(state.range[1])} nats`, el("span", { "aria-hidden": "true" }, " \u00D7"), el("span", { class: "hidden" }, ", remove this filter")) : null;
+  const only = state.only ? el("button", { type: "button", class: "chip", onclick: () => { state.only = null; redraw(); } },
+    "only ", el("bdi", {}, oneLine(report.ids[state.only.example], 40)), el("span", { "aria-hidden": "true" }, " \u00D7"), el("span", { class: "hidden" }, ", remove this filter")) : null;
+  const dropOnly = () => { state.only = null; only?.remove(); };
   const notes = report.sides.map((side) => side.note).filter(Boolean);
   if (report.num_examples > report.ids.length) notes.push(`The first ${count(report.ids.length)} of ${count(report.num_examples)} examples are here; sums and calibration are over all.`);
-  root.append(controls, legend, ...[...new Set(notes)].map((note) => el("p", { class: "notice" }, note)), el("div", { class: "heading small" }, status, range), list, pages);
+  root.append(controls, legend, ...[...new Set(notes)].map((note) => el("p", { class: "notice" }, note)), el("div", { class: "heading small" }, status, only ?? range), list, pages);
   list.addEventListener("keydown", (event) => tokenKeys(event, list));
   fill();
 }
 
 function sideSelects(report, state, redraw) {
   const options = report.sides.map((side, index) => [index, side.name]);
-  return [["a", "A"], ["b", "B"]].map(([key, label]) => select(label, options, state[key], (value) => { state[key] = Number(value); state.range = null; redraw(); }, { id: `side-${key}` }));
+  return [["a", "A"], ["b", "B"]].map(([key, label]) => select(label, options, state[key], (value) => { state[key] = Number(value); state.range = state.only = null; redraw(); }, { id: `side-${key}` }));
 }
 
 function goldLegend(state) {
@@ -175,9 +179,10 @@ function half(report, state, example, side, { view, other, named }) {
     for (let token = from; token < to; token++) spans.push(tokenSpan(report, example, side, token, view === "change" ? state.a : null));
     box.append(...spans);
   };
-  add(0, Math.min(total, TOKENS_AT_FIRST));
+  const atFirst = state.only?.example === example ? Math.max(TOKENS_AT_FIRST, state.only.token + 1) : TOKENS_AT_FIRST;
+  add(0, Math.min(total, atFirst));
   box.firstChild.tabIndex = 0;
-  const rest = total > TOKENS_AT_FIRST ? el("button", { type: "button", class: "more", onclick: () => { add(TOKENS_AT_FIRST, total); rest.remove(); } }, `Show all ${count(total)} tokens`) : null;
+  const rest = total > atFirst ? el("button", { type: "button", class: "more", onclick: () => { add(atFirst, total); rest.remove(); } }, `Show all ${count(total)} tokens`) : null;
   return el("div", { class: "half" }, head, box, rest);
 }
 
@@ -198,6 +203,18 @@ function tokenSpan(report, example, side, token, before) {
   if (text.length > TOKEN_CHARACTERS) shown += `\u2026 (${count(text.length)} characters)`;
   span.textContent = shown.replaceAll("\n", "\u23CE\n");
   return span;
+}
+
+// To the token that a link of another section led to: the second side's, where it is shown.
+function focusAwaited(state) {
+  if (!state.only?.isAwaited) return;
+  state.only.isAwaited = false;
+  const place = `.t[data-token="${state.only.token}"]`;
+  const span = document.querySelector(`#examples [data-side="${state.b}"] ${place}`) ?? document.querySelector(`#examples ${place}`);
+  if (!span) return;
+  span.scrollIntoView({ block: "center" });
+  // Scrolling hides the hint, so the token takes the focus when it is done.
+  requestAnimationFrame(() => requestAnimationFrame(() => span.focus({ preventScroll: true })));
 }
 
 // The hint: what is known of the token under the pointer or the focus.

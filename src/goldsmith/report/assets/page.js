@@ -42,7 +42,7 @@ function subtitleOf(report) {
 }
 
 async function start() {
-  const state = { a: 0, b: 0, x: "step", sort: "file", query: "", source: "", page: 0, view: "both", range: null, point: null, section: "" };
+  const state = { a: 0, b: 0, x: "step", sort: "file", query: "", source: "", page: 0, view: "both", range: null, only: null, point: null, section: "" };
   const block = document.getElementById("payload");
   let report = unpack(await inflate(bytesOfText(block.textContent)));
   block.remove();
@@ -56,6 +56,7 @@ async function start() {
   document.getElementById("title").textContent = oneLine(report.title, 200);
   const adopt = () => {
     const last = report.sides.length - 1;
+    if (state.only && state.only.example >= report.ids.length) state.only = null;
     if (state.b > last || state.a > last || (last > 0 && state.a === state.b)) { state.a = 0; state.b = Math.max(0, Math.min(1, last)); }
     if (matchMedia("(max-width: 640px)").matches && !state.adopted) state.view = "b";
     state.adopted = true;
@@ -84,7 +85,7 @@ async function start() {
 
   startTheme(() => redraw());
   watchTokens(() => report);
-  addEventListener("hashchange", () => { if (open(location.hash.slice(1))) { draw(); scrollTo(0, 0); } });
+  addEventListener("hashchange", () => { if (open(location.hash.slice(1))) { draw(); scrollTo(0, 0); if (current() === "gold") focusAwaited(state); } });
   addEventListener("keydown", (event) => {
     if (event.key !== "/" || event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input, select, textarea")) return;
     const search = document.getElementById("search");
