@@ -23,8 +23,10 @@ from goldsmith.inspection.plan import Measured, Plan, plan_run
 from goldsmith.inspection.report import InspectReport
 from goldsmith.inspection.shown import show_example
 from goldsmith.inspection.survey import Sample, SplitSurvey, Survey, compare_with_eval
+from goldsmith.models.folder import load_config, resolve_model_folder
 from goldsmith.models.likelihood import LikelihoodModel
-from goldsmith.models.load import load_config, resolve_device, resolve_model_folder, silence_randomness
+from goldsmith.models.precision import resolve_device
+from goldsmith.models.randomness import silence_randomness
 from goldsmith.recipe import Recipe
 from goldsmith.records import DataReport
 from goldsmith.storage import write_asked_file

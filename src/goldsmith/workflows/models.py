@@ -20,17 +20,12 @@ from goldsmith.errors import ConfigError, MachineError
 from goldsmith.generation.generate import Generation, GenerationConfig, decode_text
 from goldsmith.generation.generate import generate as decode
 from goldsmith.generation.metrics import GenerationMetrics, measure, measure_example
+from goldsmith.models.folder import tokenizer_folder
 from goldsmith.models.likelihood import LikelihoodModel
-from goldsmith.models.load import (
-    DtypeName,
-    load_causal_lm,
-    parameter_dtype,
-    resolve_device,
-    resolve_dtype,
-    silence_randomness,
-    tokenizer_folder,
-)
+from goldsmith.models.load import load_causal_lm
+from goldsmith.models.precision import DtypeName, parameter_dtype, resolve_device, resolve_dtype
 from goldsmith.models.proof import prove
+from goldsmith.models.randomness import silence_randomness
 from goldsmith.recipe import load_recipe
 from goldsmith.storage import write_asked_file
 from goldsmith.training.checkpoint import load_weights

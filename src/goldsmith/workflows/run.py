@@ -17,8 +17,9 @@ from goldsmith.data.stream import ExampleStream
 from goldsmith.errors import ConfigError, NumericalError
 from goldsmith.models.adapters import Adapter
 from goldsmith.models.likelihood import LikelihoodModel
-from goldsmith.models.load import resolve_device, silence_randomness
+from goldsmith.models.precision import resolve_device
 from goldsmith.models.proof import prove
+from goldsmith.models.randomness import silence_randomness
 from goldsmith.recipe import Recipe
 from goldsmith.storage import write_atomic
 from goldsmith.training.progress import progress_reporter

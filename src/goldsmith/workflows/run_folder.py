@@ -22,7 +22,7 @@ from goldsmith.data.loader import Dataset
 from goldsmith.data.stream import ExampleStream
 from goldsmith.data.tokenizer import load_tokenizer
 from goldsmith.errors import MachineError
-from goldsmith.models.load import stored_dtype
+from goldsmith.models.precision import stored_dtype
 from goldsmith.recipe import Recipe
 from goldsmith.storage import FolderLock, replace_folder, require_space, write_atomic
 from goldsmith.training.checkpoint import checkpoint_bytes

@@ -13,7 +13,8 @@ from goldsmith.data.loader import Dataset
 from goldsmith.data.tokenizer import load_tokenizer
 from goldsmith.models.adapters import Adapter
 from goldsmith.models.likelihood import LikelihoodModel
-from goldsmith.models.load import DtypeName, load_causal_lm, stored_dtype
+from goldsmith.models.load import load_causal_lm
+from goldsmith.models.precision import DtypeName, stored_dtype
 from goldsmith.scoring.display import data_frame, html_table
 from goldsmith.storage import write_atomic
 from goldsmith.training.result import Parity, check_merged, check_parity, save_adapter, save_model

@@ -20,7 +20,7 @@ from goldsmith.data.loader import Dataset
 from goldsmith.data.rows import Columns
 from goldsmith.data.tokenizer import beginning_ids
 from goldsmith.errors import ConfigError
-from goldsmith.models.load import DtypeName
+from goldsmith.models.precision import DtypeName
 from goldsmith.models.step import autocast
 from goldsmith.scoring.score import Asked, score_windows
 from goldsmith.scoring.summary import Parts, ScoreSummary, ScoreTally, parts_of
