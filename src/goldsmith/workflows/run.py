@@ -58,7 +58,15 @@ from goldsmith.workflows.run_recipe import (
     with_values,
 )
 from goldsmith.workflows.run_result import RunResult, finished_result, write_result
-from goldsmith.workflows.saying import Say, say_formats, say_losses, say_memory, say_stream, say_unknown
+from goldsmith.workflows.saying import (
+    Say,
+    say_formats,
+    say_losses,
+    say_memory,
+    say_spelt_controls,
+    say_stream,
+    say_unknown,
+)
 
 __all__ = ["train"]
 
@@ -274,6 +282,8 @@ def _gold(
         train_data = stream.first()
         say("training data: streamed, its rows are checked as they come")
     say_formats(say, train_data if stream is None else stream)
+    if stored is None and distributed.is_main():
+        say_spelt_controls(say, recipe, tokenizer, train_rows)
     if stream is None:
         say_losses(say, train_data.report, "training data")
     say_unknown(say, train_data, "training data")

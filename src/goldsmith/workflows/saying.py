@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
 
 from goldsmith.data.loader import Dataset
+from goldsmith.data.spelt_controls import spelt_controls
 from goldsmith.data.stream import ExampleStream
+from goldsmith.recipe import Recipe
 from goldsmith.records import DataReport
 from goldsmith.training.memory import format_bytes
 from goldsmith.training.trainer import Trainer
+from goldsmith.workflows.materials import RowList
 
-__all__ = ["Say", "report_of", "say_formats", "say_losses", "say_memory", "say_stream", "say_unknown"]
+__all__ = [
+    "Say",
+    "report_of",
+    "say_formats",
+    "say_losses",
+    "say_memory",
+    "say_spelt_controls",
+    "say_stream",
+    "say_unknown",
+]
 
 
 class Say:
@@ -32,6 +47,20 @@ def say_formats(say: Say, data: Dataset | ExampleStream) -> None:
             said.add((file.name, file.format))
             how = f"found in the first rows of {file.path}" if file.format_detected else "as the recipe says"
             say(f"  {file.name}: format {file.format}, {how}")
+
+
+def say_spelt_controls(
+    say: Say, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, train_rows: RowList | None
+) -> None:
+    """A warning where the first rows look as if they had been rendered beforehand."""
+    for found in spelt_controls(
+        recipe.data.train if train_rows is None else train_rows,
+        config=recipe.data,
+        tokenizer=tokenizer,
+        allowed=recipe.rendering.allow_control_tokens,
+        base_folder=Path.cwd(),
+    ):
+        say(f"warning: {found}")
 
 
 def say_losses(say: Say, report: DataReport, name: str) -> None:
