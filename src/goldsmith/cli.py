@@ -436,6 +436,7 @@ def inspect(
         measure=measure,
         strict=strict,
         quiet=quiet,
+        recipe_file=recipe,
     )
 
 

@@ -11,12 +11,12 @@ import os
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from goldsmith.errors import CheckpointError, MachineError
+from goldsmith.errors import CheckpointError, ConfigError, MachineError
 
 __all__ = [
     "FAIL_POINTS",
@@ -26,6 +26,7 @@ __all__ = [
     "free_bytes",
     "fsync_tree",
     "replace_folder",
+    "require_no_input",
     "require_space",
     "sha256_file",
     "verify_manifest",
@@ -125,6 +126,28 @@ def write_asked_file(path: str | Path, data: bytes | str) -> None:
             raise
         reason = getattr(error, "strerror", None) or str(error)
         raise MachineError(f"{str(path)!r} cannot be written: {reason}", remedy=remedy) from error
+
+
+def require_no_input(
+    output: str | Path, inputs: Iterable[tuple[str, str | Path]], *, option: str = "output", writes: str
+) -> None:
+    """Refuse to replace a file that is read for what is written there.
+
+    Args:
+        inputs: what each is, and the file; links are followed, and what is not there cannot be replaced.
+        option: how the user named the file, without its dashes.
+        writes: what would be written.
+
+    Raises:
+        ConfigError: one of the inputs is the output.
+    """
+    if not os.path.exists(output):
+        return
+    for what, file in inputs:
+        if os.path.exists(file) and os.path.samefile(file, output):
+            raise ConfigError(
+                f"{option}: {output} is {what} itself, which {writes} would replace", remedy=f"give another --{option}"
+            )
 
 
 def sha256_file(path: Path) -> str:

@@ -28,6 +28,7 @@ __all__ = [
     "check_weight_files",
     "has_tokenizer",
     "load_config",
+    "model_files",
     "resolve_model_folder",
     "tokenizer_folder",
     "weight_files",
@@ -40,6 +41,16 @@ _SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F16": torch.float16,
 }
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+_MODEL_FILES = (
+    "*config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer.*",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "*.jinja",
+)
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # What of a hub repository describes the model; its weights are fetched by name afterwards.
@@ -111,6 +122,11 @@ def _fetch_from_hub(hub_id: str, revision: str | None) -> Path:
             f"(`hf download {hub_id}`) and give the folder",
         ) from error
     return folder
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files that lie in a folder for a model, an adapter or a tokenizer; none where there is no folder."""
+    return sorted(file for pattern in _MODEL_FILES for file in folder.glob(pattern))
 
 
 def tokenizer_folder(path: str, *, revision: str | None = None) -> tuple[str, str | None]:

@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from goldsmith.data.loader import Dataset, watch_rows
 from goldsmith.data.rendering import Renderer
-from goldsmith.data.rows import Rejection
+from goldsmith.data.rows import Rejection, source_files
 from goldsmith.data.truncation import Losses
 from goldsmith.errors import ConfigError, GoldsmithError
 from goldsmith.inspection.page import html_page
@@ -29,7 +30,7 @@ from goldsmith.models.precision import resolve_device
 from goldsmith.models.randomness import silence_randomness
 from goldsmith.recipe import Recipe
 from goldsmith.records import DataReport
-from goldsmith.storage import write_asked_file
+from goldsmith.storage import require_no_input, write_asked_file
 from goldsmith.training.trainer import Trainer
 from goldsmith.types import Conversation, TokenizedExample
 from goldsmith.workflows.materials import (
@@ -40,6 +41,7 @@ from goldsmith.workflows.materials import (
     renderer_of,
     tokenizer_of,
 )
+from goldsmith.workflows.models import files_of_model
 
 __all__ = ["inspect"]
 
@@ -59,6 +61,7 @@ def inspect(
     measure: bool = True,
     strict: bool = False,
     quiet: bool = True,
+    recipe_file: str | Path | None = None,
 ) -> InspectReport:
     """Look at the whole data of a recipe as it will be trained on. Nothing is trained, and only `html` is written.
 
@@ -68,13 +71,16 @@ def inspect(
         measure: build the recipe's model and time a few steps of it on sampled rows.
         strict: let the report's exit code be that of bad data where a finding is at error level.
         quiet: no progress on standard error.
+        recipe_file: where the recipe was read from, which `html` is not to replace.
 
     Raises:
         DataError: a file is missing, empty or damaged. (Bad rows are findings.)
-        ConfigError, ModelError: the recipe, its tokenizer or its template.
+        ConfigError, ModelError: the recipe, its tokenizer or its template; `html` is one of the files that are read.
     """
     if not recipe.data.train:
         raise ConfigError("data.train: missing", remedy="name the files to be looked at")
+    if html is not None:
+        require_no_input(html, _read_files(recipe, recipe_file), option="html", writes="the page")
     own_limit = own_limit_of(recipe)
     tokenizer = tokenizer_of(recipe, None)
     renderer = renderer_of(recipe, tokenizer, recipe.data.max_length or own_limit)
@@ -114,6 +120,19 @@ def inspect(
     if html is not None:
         write_asked_file(html, html_page(result))
     return result
+
+
+def _read_files(recipe: Recipe, recipe_file: str | Path | None) -> Iterator[tuple[str, str | Path]]:
+    if recipe_file is not None:
+        yield "the recipe", recipe_file
+    for source in [*recipe.data.train, *recipe.data.eval]:
+        if not source.is_hub:
+            yield from (("the data", file) for _, file in source_files(source, base_folder=Path.cwd()))
+    if recipe.rendering.chat_template is not None:
+        yield "the chat template", recipe.rendering.chat_template
+    for folder in (recipe.model.path, recipe.tokenizer.path):
+        if folder is not None:
+            yield from files_of_model(folder)
 
 
 def _watch(

@@ -23,7 +23,7 @@ from goldsmith.report.serve import HOST, report_server
 from goldsmith.scoring.files import read_scores, score_to_json
 from goldsmith.scoring.score import Asked, score_windows
 from goldsmith.scoring.texts import TokenTexts
-from goldsmith.storage import write_asked_file, write_atomic
+from goldsmith.storage import require_no_input, write_asked_file, write_atomic
 
 __all__ = [
     "AFTER",
@@ -77,9 +77,12 @@ def report(
         max_examples: so many are shown token by token.
 
     Raises:
-        GoldsmithError: neither runs nor scores, a folder that is no run's, a wrong score file, a full disk.
+        GoldsmithError: neither runs nor scores, a folder that is no run's, a wrong score file, one of these as `output`, a full
+            disk.
     """
     folders, files = _existing(runs, scores)
+    if output is not None:
+        require_no_input(output, _read_files(folders, files), writes="the page")
     path = Path(output) if output is not None else (folders[0] / REPORT if folders else Path(REPORT))
     if not path.parent.is_dir():
         raise MachineError(f"{path}: there is no folder {path.parent}", remedy="make it, or choose another --output")
@@ -110,7 +113,7 @@ def serve_report(
         GoldsmithError: as `report`, or the port is taken.
     """
     folders, files = _existing(runs, scores)
-    watched = [folder / name for folder in folders for name in (*RUN_FILES, BEFORE, AFTER)] + files
+    watched = [file for _, file in _read_files(folders, files)]
 
     def stamp() -> tuple[tuple[int, int] | None, ...]:
         stats = [path.stat() if path.is_file() else None for path in watched]
@@ -184,6 +187,12 @@ def _existing(runs: Sequence[str | Path], scores: Sequence[str | Path]) -> tuple
                 f"{file}: no such score file", remedy="write one: goldsmith score MODEL DATA --tokens -o FILE"
             )
     return folders, files
+
+
+def _read_files(folders: Sequence[Path], files: Sequence[Path]) -> list[tuple[str, Path]]:
+    """What the page is made of."""
+    of_runs = [("a file of the run", folder / name) for folder in folders for name in (*RUN_FILES, BEFORE, AFTER)]
+    return of_runs + [("a score file", file) for file in files]
 
 
 def _sides(folders: Sequence[Path], files: Sequence[Path]) -> list[Side]:
