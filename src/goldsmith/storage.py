@@ -23,6 +23,7 @@ __all__ = [
     "FolderLock",
     "JsonLinesWriter",
     "fail_point",
+    "format_bytes",
     "free_bytes",
     "fsync_tree",
     "replace_folder",
@@ -214,6 +215,17 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def format_bytes(number: float) -> str:
+    """A size for a person, in powers of ten.
+
+    >>> format_bytes(41_472), format_bytes(538_000_000), format_bytes(2_152_000_000)
+    ('41 kB', '538 MB', '2.15 GB')
+    """
+    if number < 1e6:
+        return f"{number / 1e3:,.0f} kB"
+    return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:,.0f} MB"
+
+
 def require_space(folder: Path, num_bytes: int, purpose: str) -> None:
     """Refuse before the start what cannot fit.
 
@@ -223,7 +235,7 @@ def require_space(folder: Path, num_bytes: int, purpose: str) -> None:
     free = free_bytes(folder)
     if free < num_bytes:
         raise MachineError(
-            f"{folder}: {free / 2**20:,.1f} MiB free, but {purpose} needs {num_bytes / 2**20:,.1f} MiB",
+            f"{folder}: {format_bytes(free)} free, but {purpose} needs {format_bytes(num_bytes)}",
             remedy="free disk space, choose another output_dir, or keep fewer checkpoints (checkpoint.keep)",
         )
 

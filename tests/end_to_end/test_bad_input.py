@@ -322,7 +322,7 @@ def test_a_full_disk(house: House, monkeypatch: pytest.MonkeyPatch, place: str) 
 
 def test_a_disk_without_the_space_is_refused_before_the_start(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "free_bytes", lambda folder: 1000)
-    refused(house.train(), 7, "MiB free", "checkpoint.keep")
+    refused(house.train(), 7, " free, but ", "checkpoint.keep")
     assert not (house.folder / "runs" / "it" / "metrics.jsonl").exists()
 
 

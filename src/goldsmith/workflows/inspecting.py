@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -42,6 +41,7 @@ from goldsmith.workflows.materials import (
     tokenizer_of,
 )
 from goldsmith.workflows.models import files_of_model
+from goldsmith.workflows.saying import Say
 
 __all__ = ["inspect"]
 
@@ -102,8 +102,7 @@ def inspect(
     )
     measured, not_measured = None, None
     if measure and plan is not None:
-        if not quiet:
-            print("measuring a few steps", file=sys.stderr, flush=True)
+        Say(quiet=quiet)("measuring a few steps")
         try:
             measured, not_measured = _measure(recipe, tokenizer, found.sample, plan)
         except GoldsmithError as error:
@@ -161,6 +160,7 @@ class _Counted:
 
     def __init__(self, survey: Survey) -> None:
         self._survey = survey
+        self._say = Say(quiet=False)
         self._rows = 0
         self._began = self._said = time.monotonic()
 
@@ -200,7 +200,7 @@ class _Counted:
         if now - self._said >= _SECONDS_BETWEEN_LINES:
             self._said = now
             rate = self._rows / (now - self._began)
-            print(f"{self._survey.split}: {self._rows:,} rows, {rate:,.0f} a second", file=sys.stderr, flush=True)
+            self._say(f"{self._survey.split}: {self._rows:,} rows, {rate:,.0f} a second")
 
 
 def _measure(

@@ -27,10 +27,12 @@ from goldsmith.models.precision import DtypeName, parameter_dtype, resolve_devic
 from goldsmith.models.proof import prove
 from goldsmith.models.randomness import silence_randomness
 from goldsmith.recipe import load_recipe
+from goldsmith.report.run_files import RECIPE
 from goldsmith.storage import require_no_input, write_asked_file
 from goldsmith.training.checkpoint import load_weights
 from goldsmith.types import Conversation, Message
 from goldsmith.workflows.materials import Rows, causal_lm_of, choose_trained
+from goldsmith.workflows.run_folder import TOKENIZER
 
 __all__ = ["Answer", "Answers", "OpenModel", "files_of_model", "generate", "only_role", "open_model"]
 
@@ -106,13 +108,13 @@ def open_model(
     folder, rendering, columns = path, RenderingConfig(), None
     is_checkpoint = (Path(path) / "state.json").is_file()
     run = Path(path).resolve().parent.parent if is_checkpoint else Path(path)
-    if (run / "recipe.yaml").is_file():
-        recipe = load_recipe(run / "recipe.yaml", of_run=True)
+    if (run / RECIPE).is_file():
+        recipe = load_recipe(run / RECIPE, of_run=True)
         rendering = recipe.rendering
         columns = recipe.data.columns or (recipe.data.train[0].columns if recipe.data.train else None)
         folder = str(run / "model")
     if is_checkpoint:
-        tokenizer = load_tokenizer(str(run / "tokenizer"))
+        tokenizer = load_tokenizer(str(run / TOKENIZER))
         # As the run had it, adapter and all: its checkpoints hold what was trained, and name what was frozen by its bytes.
         causal_lm: Any = causal_lm_of(recipe, tokenizer, resolve_device(device))
         silence_randomness(causal_lm)
@@ -149,8 +151,8 @@ def open_model(
 def files_of_model(path: str) -> list[tuple[str, Path]]:
     """What `open_model` may read, for `require_no_input`: the files of the model's folder, or of the run's."""
     run = Path(path).expanduser()
-    folders = (run, run / "model", run / "tokenizer")
-    files = [run / "recipe.yaml", *(file for folder in folders for file in model_files(folder))]
+    folders = (run, run / "model", run / TOKENIZER)
+    files = [run / RECIPE, *(file for folder in folders for file in model_files(folder))]
     return [("a file of the model", file) for file in files]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from goldsmith.scoring.files import read_scores, score_to_json
 from goldsmith.scoring.score import Asked, score_windows
 from goldsmith.scoring.texts import TokenTexts
 from goldsmith.storage import require_no_input, write_asked_file, write_atomic
+from goldsmith.workflows.saying import Say
 
 __all__ = [
     "AFTER",
@@ -131,7 +131,7 @@ def serve_report(
 
     payload()  # what is wrong is said here, and not to a browser
     with report_server(payload, title=title, port=port, stamp=stamp) as server:
-        (say or _say)(f"http://{HOST}:{server.server_port}/ until Ctrl-C")
+        (say or Say(quiet=False))(f"http://{HOST}:{server.server_port}/ until Ctrl-C")
         try:
             server.serve_forever()
         except KeyboardInterrupt:
@@ -217,7 +217,3 @@ def _sides(folders: Sequence[Path], files: Sequence[Path]) -> list[Side]:
 
 def _title(folders: Sequence[Path], files: Sequence[Path]) -> str:
     return ", ".join([*(folder.resolve().name for folder in folders), *(file.name for file in files)])
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

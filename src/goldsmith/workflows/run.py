@@ -21,6 +21,7 @@ from goldsmith.models.precision import resolve_device
 from goldsmith.models.proof import prove
 from goldsmith.models.randomness import silence_randomness
 from goldsmith.recipe import Recipe
+from goldsmith.report.run_files import RESULT
 from goldsmith.storage import write_atomic
 from goldsmith.training.progress import progress_reporter
 from goldsmith.training.trackers.config import require_installed
@@ -41,7 +42,6 @@ from goldsmith.workflows.materials import (
 from goldsmith.workflows.reporting import AFTER, BEFORE, score_for_report
 from goldsmith.workflows.run_folder import (
     MEMORY,
-    RESULT,
     claim,
     data_report_of,
     explained_disk_full,

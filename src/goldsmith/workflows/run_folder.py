@@ -24,6 +24,7 @@ from goldsmith.data.tokenizer import load_tokenizer
 from goldsmith.errors import MachineError
 from goldsmith.models.precision import stored_dtype
 from goldsmith.recipe import Recipe
+from goldsmith.report.run_files import DATA, ENVIRONMENT, RECIPE
 from goldsmith.storage import FolderLock, replace_folder, require_space, write_atomic
 from goldsmith.training.checkpoint import checkpoint_bytes
 from goldsmith.training.trainer import Trainer
@@ -31,10 +32,7 @@ from goldsmith.workflows.materials import RowList, tokenizer_of
 from goldsmith.workflows.saying import Say, report_of
 
 __all__ = [
-    "DATA",
     "MEMORY",
-    "RECIPE",
-    "RESULT",
     "TOKENIZER",
     "UNCLAIMED",
     "claim",
@@ -45,14 +43,7 @@ __all__ = [
     "shared_tokenizer",
 ]
 
-RECIPE, DATA, ENVIRONMENT, MEMORY, RESULT, TOKENIZER = (
-    "recipe.yaml",
-    "data.json",
-    "environment.json",
-    "memory.json",
-    "result.json",
-    "tokenizer",
-)
+MEMORY, TOKENIZER = "memory.json", "tokenizer"
 # What may lie in a folder that no run has claimed yet: left by a process that died before it could. A run claims a
 # folder with recipe.yaml; data.json comes last, and without it the claim is made again.
 UNCLAIMED = {".lock", f".{RECIPE}.tmp", f".{TOKENIZER}.tmp"}

@@ -15,7 +15,8 @@ from goldsmith.data.hub import hub_revision
 from goldsmith.data.rows import SourceConfig
 from goldsmith.errors import ConfigError, MachineError
 from goldsmith.recipe import Recipe, load_recipe
-from goldsmith.workflows.run_folder import RECIPE, UNCLAIMED
+from goldsmith.report.run_files import RECIPE
+from goldsmith.workflows.run_folder import UNCLAIMED
 from goldsmith.workflows.saying import Say
 
 __all__ = ["compare_machine", "stored_recipe", "today", "with_resolved", "with_revisions", "with_values"]

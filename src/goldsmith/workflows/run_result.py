@@ -15,12 +15,13 @@ from goldsmith.models.adapters import Adapter
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.load import load_causal_lm
 from goldsmith.models.precision import DtypeName, stored_dtype
+from goldsmith.report.run_files import DATA, METRICS, RESULT
 from goldsmith.scoring.display import data_frame, html_table
 from goldsmith.storage import write_atomic
 from goldsmith.training.result import Parity, check_merged, check_parity, save_adapter, save_model
 from goldsmith.training.trainer import TrainingResult
 from goldsmith.workflows.reporting import REPORT, write_run_report
-from goldsmith.workflows.run_folder import DATA, RESULT, TOKENIZER
+from goldsmith.workflows.run_folder import TOKENIZER
 
 __all__ = ["RunResult", "finished_result", "write_result"]
 
@@ -65,7 +66,7 @@ class RunResult:
         Raises:
             ConfigError: pandas is not installed.
         """
-        lines = (self.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (self.output_dir / METRICS).read_text(encoding="utf-8").splitlines()
         return data_frame([json.loads(line) for line in lines])
 
     def _repr_html_(self) -> str:

@@ -12,7 +12,7 @@ from goldsmith.data.spelt_controls import spelt_controls
 from goldsmith.data.stream import ExampleStream
 from goldsmith.recipe import Recipe
 from goldsmith.records import DataReport
-from goldsmith.training.memory import format_bytes
+from goldsmith.storage import format_bytes
 from goldsmith.training.trainer import Trainer
 from goldsmith.workflows.materials import RowList
 
