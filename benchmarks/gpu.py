@@ -170,7 +170,7 @@ def run_goldsmith(case: Case, setting: dict[str, Any]) -> tuple[Work, Stopwatch]
     from goldsmith.data.loader import Dataset
     from goldsmith.models.compiling import compile_layers
     from goldsmith.models.likelihood import LikelihoodModel
-    from goldsmith.models.load import silence_randomness
+    from goldsmith.models.randomness import silence_randomness
     from goldsmith.models.step import forward_backward
     from goldsmith.training.metrics import total_norm
     from goldsmith.training.optimizer import OptimizerConfig, build_optimizer

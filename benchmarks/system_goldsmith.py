@@ -11,7 +11,8 @@ from child import Setting, Stopwatch, Work, run_child
 from goldsmith.data.loader import Dataset
 from goldsmith.models.adapters import AdapterBase, AdapterConfig, attach_adapter
 from goldsmith.models.likelihood import LikelihoodModel
-from goldsmith.models.load import load_causal_lm, silence_randomness
+from goldsmith.models.load import load_causal_lm
+from goldsmith.models.randomness import silence_randomness
 from goldsmith.objective.cross_entropy import ObjectiveConfig
 from goldsmith.training.checkpoint import CheckpointConfig
 from goldsmith.training.optimizer import OptimizerConfig

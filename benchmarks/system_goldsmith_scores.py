@@ -22,8 +22,9 @@ from goldsmith.data.rendering import Renderer, RenderingConfig
 from goldsmith.data.rows import DataConfig
 from goldsmith.data.tokenizer import load_tokenizer
 from goldsmith.models.likelihood import LikelihoodModel
-from goldsmith.models.load import load_causal_lm, silence_randomness
+from goldsmith.models.load import load_causal_lm
 from goldsmith.models.proof import prove
+from goldsmith.models.randomness import silence_randomness
 from goldsmith.scoring.score import Asked, score_windows
 from goldsmith.scoring.texts import TokenTexts
 from goldsmith.types import TokenizedExample

@@ -61,7 +61,7 @@ class Result(Protocol):
     def to_json(self) -> Mapping[str, Any]: ...
 
 
-# As in goldsmith.models.load, which would import torch.
+# As in goldsmith.models.precision, which would import torch.
 DtypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 JsonOption = Annotated[
@@ -436,6 +436,7 @@ def inspect(
         measure=measure,
         strict=strict,
         quiet=quiet,
+        recipe_file=recipe,
     )
 
 

@@ -11,21 +11,23 @@ import os
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from goldsmith.errors import CheckpointError, MachineError
+from goldsmith.errors import CheckpointError, ConfigError, MachineError
 
 __all__ = [
     "FAIL_POINTS",
     "FolderLock",
     "JsonLinesWriter",
     "fail_point",
+    "format_bytes",
     "free_bytes",
     "fsync_tree",
     "replace_folder",
+    "require_no_input",
     "require_space",
     "sha256_file",
     "verify_manifest",
@@ -127,6 +129,28 @@ def write_asked_file(path: str | Path, data: bytes | str) -> None:
         raise MachineError(f"{str(path)!r} cannot be written: {reason}", remedy=remedy) from error
 
 
+def require_no_input(
+    output: str | Path, inputs: Iterable[tuple[str, str | Path]], *, option: str = "output", writes: str
+) -> None:
+    """Refuse to replace a file that is read for what is written there.
+
+    Args:
+        inputs: what each is, and the file; links are followed, and what is not there cannot be replaced.
+        option: how the user named the file, without its dashes.
+        writes: what would be written.
+
+    Raises:
+        ConfigError: one of the inputs is the output.
+    """
+    if not os.path.exists(output):
+        return
+    for what, file in inputs:
+        if os.path.exists(file) and os.path.samefile(file, output):
+            raise ConfigError(
+                f"{option}: {output} is {what} itself, which {writes} would replace", remedy=f"give another --{option}"
+            )
+
+
 def sha256_file(path: Path) -> str:
     """Hex digest of a file's content."""
     with path.open("rb") as file:
@@ -191,6 +215,17 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def format_bytes(number: float) -> str:
+    """A size for a person, in powers of ten.
+
+    >>> format_bytes(41_472), format_bytes(538_000_000), format_bytes(2_152_000_000)
+    ('41 kB', '538 MB', '2.15 GB')
+    """
+    if number < 1e6:
+        return f"{number / 1e3:,.0f} kB"
+    return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:,.0f} MB"
+
+
 def require_space(folder: Path, num_bytes: int, purpose: str) -> None:
     """Refuse before the start what cannot fit.
 
@@ -200,7 +235,7 @@ def require_space(folder: Path, num_bytes: int, purpose: str) -> None:
     free = free_bytes(folder)
     if free < num_bytes:
         raise MachineError(
-            f"{folder}: {free / 2**20:,.1f} MiB free, but {purpose} needs {num_bytes / 2**20:,.1f} MiB",
+            f"{folder}: {format_bytes(free)} free, but {purpose} needs {format_bytes(num_bytes)}",
             remedy="free disk space, choose another output_dir, or keep fewer checkpoints (checkpoint.keep)",
         )
 

@@ -19,7 +19,7 @@ from goldsmith import storage, workflows
 from goldsmith.cli import app
 from goldsmith.errors import ConfigError, ModelError
 from goldsmith.recipe import Recipe
-from goldsmith.workflows.run import RunResult
+from goldsmith.workflows.run_result import RunResult
 
 GOLD = [{"prompt": f"{number} + 1 = ", "completion": str(number + 1)} for number in range(24)]
 HELD_OUT = [{"prompt": f"{number} + 2 = ", "completion": str(number + 2)} for number in range(7)]

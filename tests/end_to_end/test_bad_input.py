@@ -275,6 +275,17 @@ def test_a_hub_id_that_cannot_be_reached(house: House) -> None:
 # --- environment: 7
 
 
+def test_rows_that_were_rendered_beforehand_are_said_once(house: House) -> None:
+    marked = [{**row, "prompt": f"<s>{row['prompt']}</s>"} for row in GOLD]
+    house.write_rows(*[json.dumps(row) for row in [*marked, *GOLD]])
+    said = "warning: train: 12 of the first 24 rows spell control tokens (</s> in 12, <s> in 12)"
+    assert house.run("train", house.recipe).stderr.count(said) == 1
+    allowed = ("--set", "output_dir=runs/allowed", "--set", "rendering.allow_control_tokens=all")
+    outcome = house.run("train", house.recipe, *allowed)
+    assert outcome.exit_code == 0, outcome.output
+    assert "spell control tokens" not in outcome.stderr
+
+
 def test_an_output_folder_of_another_recipe(house: House) -> None:
     assert house.train().exit_code == 0
     refused(house.train("optimizer.learning_rate=1e-3"), 7, "runs/it", "another recipe", "optimizer.learning_rate")
@@ -311,7 +322,7 @@ def test_a_full_disk(house: House, monkeypatch: pytest.MonkeyPatch, place: str) 
 
 def test_a_disk_without_the_space_is_refused_before_the_start(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "free_bytes", lambda folder: 1000)
-    refused(house.train(), 7, "MiB free", "checkpoint.keep")
+    refused(house.train(), 7, " free, but ", "checkpoint.keep")
     assert not (house.folder / "runs" / "it" / "metrics.jsonl").exists()
 
 

@@ -16,7 +16,7 @@ import goldsmith
 from goldsmith import storage
 from goldsmith.errors import ConfigError, MachineError
 from goldsmith.recipe import Recipe, load_recipe
-from goldsmith.workflows.run import RunResult
+from goldsmith.workflows.run_result import RunResult
 
 CONTROL = ["<|im_end|>", "<|im_start|>"]
 # As published templates do that tell the model which day it is.
@@ -156,7 +156,7 @@ def test_the_date_is_resolved_once(
     class Day:
         today = "2026-02-03"
 
-    monkeypatch.setattr("goldsmith.workflows.run._today", lambda device: Day.today)
+    monkeypatch.setattr("goldsmith.workflows.run.today", lambda device: Day.today)
     plain = train(settings)
     assert load_recipe(plain.output_dir / "recipe.yaml").rendering.date is None  # chatml writes no date
 

@@ -132,6 +132,23 @@ def test_the_tutorial_begins_as_it_says(tmp_path: Path) -> None:
     }
 
 
+def test_the_site_builds(tmp_path: Path) -> None:
+    """Strictly: every link leads somewhere, and every name of the reference is there. (`--quiet` would count no warning.)"""
+    for package in ("material", "mkdocstrings"):
+        pytest.importorskip(package, reason="waits for mkdocs-material and mkdocstrings (extra `docs`)")
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=REPOSITORY,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert "goldsmith.workflows.run.train" in (tmp_path / "site" / "python.html").read_text(encoding="utf-8")
+
+
 def test_examples_in_docstrings_are_fenced() -> None:
     pytest.importorskip("griffe", reason="waits for griffe (extra `docs`)")
     fenced = script(DOCS / "doctests_in_fences.py").fenced

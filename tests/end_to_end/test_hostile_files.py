@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ GOLD = json.dumps({"prompt": "1 + 1 = ", "completion": "2"}) + "\n"
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    Path("model").symlink_to(tiny_model_folder)
+    shutil.copytree(tiny_model_folder, "model")
     Path("gold.jsonl").write_text(GOLD)
     Path("link.jsonl").symlink_to("gold.jsonl")
     Path("folder").mkdir()
@@ -29,7 +30,10 @@ def here(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatc
     Path("deep.jsonl").write_text("[" * 100_000 + "\n")
     Path("huge.jsonl").write_text('{"example_id": "a", "log_prob": -1' + "0" * 400 + "}\n")
     Path("scores.jsonl").write_text('{"example_id": "a", "log_prob": -1}\n')
-    Path("recipe.yaml").write_text("model: {path: model, device: cpu}\ndata: {train: gold.jsonl}\n")
+    Path("template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    Path("recipe.yaml").write_text(
+        "model: {path: model, device: cpu}\ndata: {train: gold.jsonl}\nrendering: {chat_template: template.jinja}\n"
+    )
     return tmp_path
 
 
@@ -38,6 +42,19 @@ def here(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatc
     [
         ("score model gold.jsonl -o gold.jsonl", 2, "is the gold itself"),
         ("score model gold.jsonl -o link.jsonl", 2, "is the gold itself"),
+        (
+            "score model gold.jsonl -o model/config.json",
+            2,
+            "is a file of the model itself, which the scores would replace",
+        ),
+        ("generate model gold.jsonl -o gold.jsonl", 2, "is the data itself, which the answers would replace"),
+        ("generate model gold.jsonl -o link.jsonl", 2, "is the data itself"),
+        ("generate model -p 1 -o model/model.safetensors", 2, "is a file of the model itself"),
+        ("inspect recipe.yaml --no-measure --html recipe.yaml", 2, "html: recipe.yaml is the recipe itself"),
+        ("inspect recipe.yaml --no-measure --html link.jsonl", 2, "is the data itself, which the page would replace"),
+        ("inspect recipe.yaml --no-measure --html template.jinja", 2, "is the chat template itself"),
+        ("report --scores scores.jsonl -o scores.jsonl", 2, "is a score file itself, which the page would replace"),
+        ("report damaged -o damaged/metrics.jsonl", 2, "is a file of the run itself"),
         ("score model gold.jsonl -o folder", 2, "'folder' is a folder"),
         ("score model gold.jsonl -o", 2, "'' is a folder"),
         ("score model", 2, "DATA: String should have at least 1 character"),
@@ -57,11 +74,12 @@ def here(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatc
 )
 def test_answered(arguments: str, exit_code: int, words: str) -> None:
     words_given = arguments.split()
+    inputs = {path: path.read_bytes() for path in Path().glob("**/*") if path.is_file()}
     if arguments in ("score model", "score model gold.jsonl -o"):
         words_given.append("")
     outcome = CliRunner().invoke(app, words_given)
     assert outcome.exit_code == exit_code, outcome.output
     assert words in outcome.output
     assert "Traceback" not in outcome.output
-    assert Path("gold.jsonl").read_text() == GOLD
+    assert {path: path.read_bytes() for path in inputs} == inputs
     assert not [name for name in os.listdir() if name.endswith((".tmp", ".partial"))]

@@ -22,8 +22,8 @@ from goldsmith.cli import app
 from goldsmith.errors import ConfigError, DataError, MachineError
 from goldsmith.recipe import Recipe
 from goldsmith.records import MEASURED_FIELDS
-from goldsmith.workflows import run
-from goldsmith.workflows.run import RunResult
+from goldsmith.workflows import run_folder
+from goldsmith.workflows.run_result import RunResult
 
 GOLD = [{"prompt": f"{number} + 1 = ", "completion": str(number + 1)} for number in range(24)]
 HELD_OUT = [{"prompt": f"{number} + 2 = ", "completion": str(number + 2)} for number in range(7)]
@@ -73,9 +73,9 @@ def evaluations(folder: Path) -> list[dict[str, Any]]:
 def test_the_environment_names_the_device_that_was_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU, {device.index}")
-    monkeypatch.setattr(run, "_cpu_name", lambda: "a CPU")
-    assert run._environment(torch.device("cpu"))["device"] == "a CPU"
-    assert run._environment(torch.device("cuda:1"))["device"] == "a GPU, 1"
+    monkeypatch.setattr(run_folder, "_cpu_name", lambda: "a CPU")
+    assert run_folder._environment(torch.device("cpu"))["device"] == "a CPU"
+    assert run_folder._environment(torch.device("cuda:1"))["device"] == "a GPU, 1"
 
 
 @pytest.mark.parametrize("adapter", [None, {"rank": 2, "alpha": 4.0}], ids=["full", "lora"])
@@ -411,7 +411,7 @@ def test_a_hub_data_set_is_held_to_its_commit(
         return own(str(here / "gold"), split=split, cache_dir=str(here / "cache"))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr("goldsmith.workflows.run.hub_revision", lambda source: "a" * 40)
+    monkeypatch.setattr("goldsmith.workflows.run_recipe.hub_revision", lambda source: "a" * 40)
     settings["data"] = {"train": {"path": "hf:me/gold", "split": "train"}}
     train(settings)
     folder = here / "runs" / "it"
@@ -419,7 +419,7 @@ def test_a_hub_data_set_is_held_to_its_commit(
     assert resolved["data"]["train"][0]["revision"] == "a" * 40
     assert json.loads((folder / "data.json").read_text())["train"]["files"][0]["revision"] == "a" * 40
     # The hub moves on; the run does not.
-    monkeypatch.setattr("goldsmith.workflows.run.hub_revision", lambda source: "b" * 40)
+    monkeypatch.setattr("goldsmith.workflows.run_recipe.hub_revision", lambda source: "b" * 40)
     (folder / "result.json").unlink()
     assert not train(settings).already_finished
     assert set(asked) == {"a" * 40}

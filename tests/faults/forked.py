@@ -259,8 +259,9 @@ def _import_everything() -> None:
 
 
 def _prove(model: Path) -> None:
-    from goldsmith.models.load import load_causal_lm, silence_randomness
+    from goldsmith.models.load import load_causal_lm
     from goldsmith.models.proof import prove
+    from goldsmith.models.randomness import silence_randomness
 
     causal_lm = load_causal_lm(model, device="cpu")
     silence_randomness(causal_lm)

@@ -93,6 +93,6 @@ def test_too_small_a_disk_is_refused_before_the_start(
     run = TrainingRun(disk / "a", data=gold_folder, model=small_model_folder)
     outcome = run.train()
     assert outcome.exit_code == 7, outcome.stderr
-    assert "MiB free" in outcome.stderr
+    assert " free, but " in outcome.stderr
     assert "checkpoint.keep" in outcome.stderr
     assert not run.output.exists()

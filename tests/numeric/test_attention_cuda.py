@@ -6,9 +6,8 @@ The kernels themselves are set against the truth on a GPU (`tests/gpu`).
 import pytest
 import torch
 
-from goldsmith.models import attention_cuda
-from goldsmith.models.attention_cpu import PackedFlashCPU
-from goldsmith.models.attention_cuda import PackedFlashCUDA
+from goldsmith.models import attention_cpu, attention_cuda
+from goldsmith.models.attention_function import PackedFlash
 from goldsmith.models.layout import PackLayout
 
 
@@ -74,8 +73,8 @@ def test_equals_the_cpu_path(lengths, parents, window, monkeypatch):
     found = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     expected = [tensor.detach().clone().requires_grad_() for tensor in found]
     outs = [
-        way.apply(*tensors, layout, 0.3, window)
-        for way, tensors in ((PackedFlashCUDA, found), (PackedFlashCPU, expected))
+        PackedFlash.apply(*tensors, layout, 0.3, window, kernels)
+        for kernels, tensors in ((attention_cuda, found), (attention_cpu, expected))
     ]
     upstream = torch.randn_like(outs[0])
     for out in outs:

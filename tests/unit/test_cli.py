@@ -229,11 +229,11 @@ def test_the_workflows_take_what_is_passed(workflows: Workflows, name: str) -> N
     inspect.signature(vars(real)[workflow]).bind(*arguments, **keywords)
 
 
-def test_the_dtypes_are_those_that_models_load() -> None:
+def test_the_dtypes_are_those_that_models_compute_in() -> None:
     from goldsmith import cli
-    from goldsmith.models import load
+    from goldsmith.models import precision
 
-    assert get_args(cli.DtypeName) == get_args(load.DtypeName)
+    assert get_args(cli.DtypeName) == get_args(precision.DtypeName)
 
 
 # --- what is printed

@@ -24,7 +24,7 @@ from goldsmith.workflows.demo import (
     read_dictionary,
     split_words,
 )
-from goldsmith.workflows.run import RunResult
+from goldsmith.workflows.run_result import RunResult
 
 LINES = [
     "abroad AH0 B R AO1 D",

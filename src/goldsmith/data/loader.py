@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from goldsmith.data.fitting import RowFitter
 from goldsmith.data.mixture import copies_in_epoch
+from goldsmith.data.rejections import remedy_of
 from goldsmith.data.rendering import Renderer
 from goldsmith.data.rows import DataConfig, Rejection, Row, SourceConfig, shorten, source_name
 from goldsmith.data.sources import SourcePart, SourceReader, memory_part
@@ -792,8 +793,6 @@ def _rejected_rows(report: DataReport, split: str) -> DataError:
     if report.used == 0:
         if report.rows_in == 0:
             return DataError(f"{place} holds no row", remedy="give it rows")
-        return DataError(
-            "\n".join(lines) + "\n  No row is left.", remedy="mend the rows, or name their columns with `columns`"
-        )
+        return DataError("\n".join(lines) + "\n  No row is left.", remedy=remedy_of(report.rejected))
     skipping = "`--skip-bad-rows`" if split == "rows" else "`data.on_bad_row: skip`"
     return DataError("\n".join(lines), remedy=f"mend these rows, or leave them out with {skipping}")

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from goldsmith.data.fitting import RowFitter
 from goldsmith.data.loader import Dataset, render_rows
+from goldsmith.data.rejections import remedy_of
 from goldsmith.data.rendering import Renderer
 from goldsmith.data.rows import DataConfig, Rejection, SourceConfig, source_name
 from goldsmith.data.sources import SourceReader
@@ -301,7 +302,7 @@ class _Window:
                     reasons = ", ".join(f"{reason}: {count}" for reason, count in self._rejected.items())
                     raise DataError(
                         f"{self._source.path}: no row of the stream can be used: {reasons}",
-                        remedy="mend the rows, or name their columns with `columns`",
+                        remedy=remedy_of(self._rejected),
                     )
                 self._used_in_pass = 0
                 self._next = (key[0] + 1, 0)

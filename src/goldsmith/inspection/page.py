@@ -6,8 +6,9 @@ import jinja2
 from markupsafe import Markup
 
 from goldsmith.inspection.lengths import bars_svg
-from goldsmith.inspection.report import InspectReport, duration, losses_line, rows_line, size
+from goldsmith.inspection.report import InspectReport, duration, losses_line, rows_line
 from goldsmith.inspection.visible import near, visible
+from goldsmith.storage import format_bytes
 
 __all__ = ["html_page"]
 
@@ -81,7 +82,7 @@ An epoch: {{ "{:,.0f}".format(plan.examples) }} examples, {{ "{:,.0f}".format(pl
 padding.</p>{% endif %}
 {% if report.measured %}<p>Measured on {{ report.measured.device }}: {{ "{:,.0f}".format(report.measured.tokens_per_second) }}
 tokens a second; a step {{ duration(report.measured.seconds_per_step) }}, the run {{ duration(report.measured.seconds_total) }},
-peak memory {{ size(report.measured.peak_memory_bytes) }}.</p>
+peak memory {{ format_bytes(report.measured.peak_memory_bytes) }}.</p>
 {% elif report.not_measured %}<p>Time and memory were not measured: {{ report.not_measured | visible }}</p>{% endif %}
 {% if report.examples %}<h2>Examples</h2>
 <p class="note">Gold is coloured; its weight stands beside it where it is not 1. Hover for ids.</p>{% endif %}
@@ -113,7 +114,7 @@ def html_page(report: InspectReport) -> str:
         rows_line=rows_line,
         losses_line=losses_line,
         duration=duration,
-        size=size,
+        format_bytes=format_bytes,
         # Numbers and a title of our own.
         plot=lambda bars, name: Markup(bars_svg(bars, title=f"examples by {name} tokens")),
         shown_places=_SHOWN_PLACES,

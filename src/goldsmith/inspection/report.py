@@ -19,8 +19,9 @@ from goldsmith.inspection.shown import ShownExample
 from goldsmith.inspection.survey import SplitSurvey
 from goldsmith.inspection.visible import near, visible
 from goldsmith.records import DataReport
+from goldsmith.storage import format_bytes
 
-__all__ = ["InspectReport", "duration", "size"]
+__all__ = ["InspectReport", "duration"]
 
 # Rows of a finding that are named in text; JSON has more.
 _SHOWN_PLACES = 20
@@ -107,15 +108,6 @@ def duration(seconds: float) -> str:
     return (
         f"{int(seconds // 60)} min {int(seconds % 60)} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
     )
-
-
-def size(num_bytes: float) -> str:
-    """In binary units.
-
-    >>> size(3 << 30)
-    '3.0 GiB'
-    """
-    return f"{num_bytes / (1 << 30):.1f} GiB" if num_bytes >= 1 << 30 else f"{num_bytes / (1 << 20):.0f} MiB"
 
 
 def rows_line(report: DataReport) -> str:
@@ -253,7 +245,7 @@ def _plan_text(plan: Plan | None, measured: Measured | None, not_measured: str |
         yield Text(
             f"  measured on {measured.device} ({measured.parameters:,} parameters): {measured.tokens_per_second:,.0f} tokens a "
             f"second; a step {duration(measured.seconds_per_step)}, the run {duration(measured.seconds_total)}, peak memory "
-            f"{size(measured.peak_memory_bytes)}"
+            f"{format_bytes(measured.peak_memory_bytes)}"
         )
     elif not_measured is not None:
         yield Text(f"  time and memory were not measured: {not_measured}")

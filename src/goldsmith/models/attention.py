@@ -21,8 +21,9 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from goldsmith.errors import ModelError
-from goldsmith.models.attention_cpu import PackedFlashCPU
-from goldsmith.models.attention_cuda import PackedFlashCUDA, in_product_dtype, takes_varlen
+from goldsmith.models import attention_cpu, attention_cuda
+from goldsmith.models.attention_cuda import in_product_dtype, takes_varlen
+from goldsmith.models.attention_function import PackedFlash, PackedKernels
 from goldsmith.models.layout import PackLayout, current_layout, gather_groups
 
 __all__ = ["PACKED_ATTENTION", "SharedContextError", "packed_attention"]
@@ -74,20 +75,20 @@ def packed_attention(
 
     # The flash kernels want values as wide as keys; latent attention (DeepSeek-V3) has narrower ones.
     if softcap is None and dropout == 0.0 and query.shape[-1] == value.shape[-1]:
-        kernel: Callable[..., torch.Tensor] | None = None
+        flash: Callable[..., torch.Tensor] = PackedFlash.apply
+        kernels: PackedKernels | None = None
         if _is_cpu(query):
             if torch.is_autocast_enabled("cpu") and query.dtype != torch.float64:
                 # Some of the three come in half precision and some do not; the kernels want one type.
                 with torch.autocast("cpu", enabled=False):
                     wide = [tensor.float() for tensor in (query, key, value)]
-                    in_float32: Callable[..., torch.Tensor] = PackedFlashCPU.apply
-                    return in_float32(*wide, layout, scale, sliding_window), None
-            kernel = PackedFlashCPU.apply
+                    return flash(*wide, layout, scale, sliding_window, attention_cpu), None
+            kernels = attention_cpu
         elif query.device.type == "cuda":
             query, key, value = in_product_dtype(query, key, value)
-            kernel = PackedFlashCUDA.apply if takes_varlen(query) else None
-        if kernel is not None:
-            return kernel(query, key, value, layout, scale, sliding_window), None
+            kernels = attention_cuda if takes_varlen(query) else None
+        if kernels is not None:
+            return flash(query, key, value, layout, scale, sliding_window, kernels), None
     if layout.ancestors:
         raise SharedContextError(f"{name}: this kind of attention does not compute a shared context")
     padded = [gather_groups(tensor[0].transpose(0, 1), layout) for tensor in (query, key, value)]

@@ -9,14 +9,12 @@ Legend: N tokens of the pack, H heads, G segments of a group, L longest of the g
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from goldsmith.models.layout import PackLayout, SegmentGroup, gather_groups, scatter_groups
 
-__all__ = ["PackedFlashCPU", "attend", "attend_backward"]
+__all__ = ["attend", "attend_backward"]
 
 # Segments up to this length go through plain batched products: half the flash kernel's time at 16 tokens, all of it at 32.
 SHORT_LENGTH = 24
@@ -232,31 +230,3 @@ def _as_batch(tensor: torch.Tensor, key_heads: int) -> torch.Tensor:
     """[G, J * R, L, D] -> [G * J, R * L, D], contiguous: the queries that share a key head, under each other."""
     num_segments, heads, length, width = tensor.shape
     return tensor.reshape(num_segments * key_heads, heads // key_heads * length, width)
-
-
-class PackedFlashCPU(torch.autograd.Function):
-    """`attend` for autograd; [1, H, N, D] in and [1, N, H, D] out. Only unpadded tensors are kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        layout: PackLayout,
-        scale: float,
-        window: int | None,
-    ) -> torch.Tensor:
-        query_NHD, key_NHD, value_NHD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        out_NHD, saved = attend(query_NHD, key_NHD, value_NHD, layout, scale, window)
-        ctx.save_for_backward(query_NHD, key_NHD, value_NHD, out_NHD, *saved)
-        ctx.layout, ctx.scale, ctx.window = layout, scale, window
-        return out_NHD[None]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
-        query, key, value, out, *saved = ctx.saved_tensors
-        into = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
-        attend_backward(grad_out[0], query, key, value, out, saved, ctx.layout, ctx.scale, ctx.window, into=into)
-        return (*(gradient.transpose(0, 1)[None] for gradient in into), None, None, None)

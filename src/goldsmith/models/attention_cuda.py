@@ -10,14 +10,12 @@ Legend: N tokens of the pack, H query heads, J key-value heads, D width of a hea
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from goldsmith.models.layout import PackLayout
 
-__all__ = ["PackedFlashCUDA", "attend", "attend_backward", "in_product_dtype", "takes_varlen", "width_fits_varlen"]
+__all__ = ["attend", "attend_backward", "in_product_dtype", "takes_varlen", "width_fits_varlen"]
 
 _flash: Callable[..., tuple[torch.Tensor, ...]] = torch.ops.aten._flash_attention_forward
 _flash_backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = (
@@ -106,34 +104,6 @@ def attend_backward(
             gradient[where] += part
     for target, gradient in zip(into, gradients, strict=True):
         target.copy_(gradient)
-
-
-class PackedFlashCUDA(torch.autograd.Function):
-    """`attend` for autograd; [1, H, N, D] in (key and value [1, J, N, D]) and [1, N, H, D] out."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        layout: PackLayout,
-        scale: float,
-        window: int | None,
-    ) -> torch.Tensor:
-        query_NHD, key_NJD, value_NJD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        out_NHD, saved = attend(query_NHD, key_NJD, value_NJD, layout, scale, window)
-        ctx.save_for_backward(query_NHD, key_NJD, value_NJD, out_NHD, *saved)
-        ctx.layout, ctx.scale, ctx.window = layout, scale, window
-        return out_NHD[None]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[Any, ...]:
-        query, key, value, out, *saved = ctx.saved_tensors
-        into = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
-        attend_backward(grad_out[0], query, key, value, out, saved, ctx.layout, ctx.scale, ctx.window, into=into)
-        return (*(gradient.transpose(0, 1)[None] for gradient in into), None, None, None)
 
 
 def _left(window: int | None) -> int:

@@ -11,8 +11,8 @@ from goldsmith.models.attention import PACKED_ATTENTION
 from goldsmith.models.attention_cuda import width_fits_varlen
 from goldsmith.models.decoder_layers import install_decoder_layers
 from goldsmith.models.layout import PackLayout, pack_layout
-from goldsmith.models.load import resolve_dtype
 from goldsmith.models.lora import install_lora_layers
+from goldsmith.models.precision import resolve_dtype
 from goldsmith.objective.cross_entropy import ObjectiveSums, OutputHead
 from goldsmith.objective.linear_cross_entropy import linear_cross_entropy
 from goldsmith.objective.token_statistics import TokenStatistics, token_statistics
@@ -33,7 +33,7 @@ class LikelihoodModel(nn.Module):
         causal_lm: a `transformers` causal LM of the attention kind; its attention is set to packed.
         chunk_size: gold tokens a chunk of logits; None chooses 64 MiB of them.
         label_smoothing: of the loss; the log-probabilities are never smoothed.
-        compute_dtype: what matrix products are taken in (see `models.load.resolve_dtype`); None: what `auto` gives on the
+        compute_dtype: what matrix products are taken in (see `models.precision.resolve_dtype`); None: what `auto` gives on the
             model's device. A half precision is by autocast; weights stay as they are.
     """
 

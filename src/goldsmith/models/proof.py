@@ -30,7 +30,8 @@ from goldsmith.data.shared_context import pack_shared
 from goldsmith.errors import ModelError
 from goldsmith.models.attention import SharedContextError
 from goldsmith.models.likelihood import LikelihoodModel
-from goldsmith.models.load import quiet_transformers
+from goldsmith.models.quiet import quiet_transformers
+from goldsmith.models.wording import one_line
 from goldsmith.types import PackedBatch, TokenizedExample
 
 __all__ = ["TOLERANCE", "Proof", "prove", "shrink"]
@@ -185,7 +186,7 @@ def shrink(config: PreTrainedConfig, *, name: str) -> PreTrainedConfig:
         kinds = _layer_kinds(whole)
     except Exception as error:  # whatever a constructor of another's raises
         raise ModelError(
-            f"{name} ({config.model_type}): cannot be shrunk for the proof that it may be packed: {_one_line(error)}",
+            f"{name} ({config.model_type}): cannot be shrunk for the proof that it may be packed: {one_line(error, 200)}",
             remedy="use another model; please report this one",
         ) from error
     shrunk = config_class.from_dict(narrow)
@@ -400,7 +401,7 @@ def _carry_out(config: PreTrainedConfig, name: str, device: torch.device) -> Pro
             raise ModelError(f"{label}: {error.message}", remedy=error.remedy or _HOW_ELSE) from error
         except Exception as error:  # whatever a model's own forward raises
             raise ModelError(
-                f"{label}: cannot be run packed: {type(error).__name__}: {_one_line(error)}", remedy=_HOW_ELSE
+                f"{label}: cannot be run packed: {type(error).__name__}: {one_line(error, 200)}", remedy=_HOW_ELSE
             ) from error
         difference = _largest(packed.log_probs - alone.log_probs)
         failure = _failure(model, alone, packed, disturbed, lengths)
@@ -560,8 +561,3 @@ def _shares_contexts(model: PreTrainedModel, likelihood: LikelihoodModel, rows: 
 def _largest(difference: torch.Tensor) -> float:
     """The largest absolute value; NaN where there is one, so that no comparison with it holds."""
     return float(difference.abs().max()) if difference.numel() else 0.0
-
-
-def _one_line(error: BaseException, limit: int = 200) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."

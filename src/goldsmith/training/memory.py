@@ -15,6 +15,7 @@ from goldsmith.data.loader import Dataset
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.quantized import num_weights, packed_bytes, packed_parts
 from goldsmith.objective.linear_cross_entropy import default_chunk_size
+from goldsmith.storage import format_bytes
 
 __all__ = [
     "Checkpointing",
@@ -22,7 +23,6 @@ __all__ = [
     "MemoryTerm",
     "ModelShape",
     "StateDtype",
-    "format_bytes",
     "largest_microbatch",
     "memory_budget",
     "parse_bytes",
@@ -273,13 +273,3 @@ def parse_bytes(text: str | int) -> int:
     if found is None or found.group(2).upper() not in UNITS or float(found.group(1)) <= 0:
         raise ValueError(f"{text!r} is not a size in memory; give bytes, or a number and a unit such as 8GB or 512MiB")
     return int(float(found.group(1)) * UNITS[found.group(2).upper()])
-
-
-def format_bytes(number: float) -> str:
-    """
-    >>> format_bytes(41_472), format_bytes(538_000_000), format_bytes(2_152_000_000)
-    ('41 kB', '538 MB', '2.15 GB')
-    """
-    if number < 1e6:
-        return f"{number / 1e3:,.0f} kB"
-    return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:,.0f} MB"

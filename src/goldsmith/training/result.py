@@ -16,8 +16,8 @@ from goldsmith.data.packing import pack
 from goldsmith.errors import ModelError
 from goldsmith.models.adapters import Adapter
 from goldsmith.models.likelihood import LikelihoodModel
-from goldsmith.models.load import quiet_transformers
 from goldsmith.models.quantized import products_in_float32
+from goldsmith.models.quiet import quiet_transformers
 from goldsmith.storage import fail_point, replace_folder
 
 __all__ = ["Parity", "check_merged", "check_parity", "save_adapter", "save_model"]

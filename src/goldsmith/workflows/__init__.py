@@ -8,7 +8,8 @@ from goldsmith.workflows.demo import DemoResult, demo
 from goldsmith.workflows.inspecting import inspect
 from goldsmith.workflows.models import generate
 from goldsmith.workflows.reporting import ReportResult, report, serve_report
-from goldsmith.workflows.run import RunResult, train
+from goldsmith.workflows.run import train
+from goldsmith.workflows.run_result import RunResult
 from goldsmith.workflows.scoring import score
 from goldsmith.workflows.verifying import verify
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from goldsmith.data.rows import Columns
 from goldsmith.errors import ConfigError
-from goldsmith.models.load import DtypeName
+from goldsmith.models.precision import DtypeName
 from goldsmith.scoring.compare import Comparison
 from goldsmith.scoring.files import read_scores
 from goldsmith.scoring.ranking import Ranking, Scores

@@ -34,7 +34,8 @@ from goldsmith.storage import write_atomic
 from goldsmith.types import TokenScores
 from goldsmith.workflows.materials import causal_lm_of
 from goldsmith.workflows.models import OpenModel, open_model
-from goldsmith.workflows.run import RunResult, train
+from goldsmith.workflows.run import train
+from goldsmith.workflows.run_result import RunResult
 
 __all__ = ["DemoResult", "WordResult", "demo", "demo_recipe", "parse_dictionary", "read_dictionary", "split_words"]
 

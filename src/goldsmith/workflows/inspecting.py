@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from goldsmith.data.loader import Dataset, watch_rows
 from goldsmith.data.rendering import Renderer
-from goldsmith.data.rows import Rejection
+from goldsmith.data.rows import Rejection, source_files
 from goldsmith.data.truncation import Losses
 from goldsmith.errors import ConfigError, GoldsmithError
 from goldsmith.inspection.page import html_page
@@ -23,11 +23,13 @@ from goldsmith.inspection.plan import Measured, Plan, plan_run
 from goldsmith.inspection.report import InspectReport
 from goldsmith.inspection.shown import show_example
 from goldsmith.inspection.survey import Sample, SplitSurvey, Survey, compare_with_eval
+from goldsmith.models.folder import load_config, resolve_model_folder
 from goldsmith.models.likelihood import LikelihoodModel
-from goldsmith.models.load import load_config, resolve_device, resolve_model_folder, silence_randomness
+from goldsmith.models.precision import resolve_device
+from goldsmith.models.randomness import silence_randomness
 from goldsmith.recipe import Recipe
 from goldsmith.records import DataReport
-from goldsmith.storage import write_asked_file
+from goldsmith.storage import require_no_input, write_asked_file
 from goldsmith.training.trainer import Trainer
 from goldsmith.types import Conversation, TokenizedExample
 from goldsmith.workflows.materials import (
@@ -38,6 +40,8 @@ from goldsmith.workflows.materials import (
     renderer_of,
     tokenizer_of,
 )
+from goldsmith.workflows.models import files_of_model
+from goldsmith.workflows.saying import Say
 
 __all__ = ["inspect"]
 
@@ -57,6 +61,7 @@ def inspect(
     measure: bool = True,
     strict: bool = False,
     quiet: bool = True,
+    recipe_file: str | Path | None = None,
 ) -> InspectReport:
     """Look at the whole data of a recipe as it will be trained on. Nothing is trained, and only `html` is written.
 
@@ -66,13 +71,16 @@ def inspect(
         measure: build the recipe's model and time a few steps of it on sampled rows.
         strict: let the report's exit code be that of bad data where a finding is at error level.
         quiet: no progress on standard error.
+        recipe_file: where the recipe was read from, which `html` is not to replace.
 
     Raises:
         DataError: a file is missing, empty or damaged. (Bad rows are findings.)
-        ConfigError, ModelError: the recipe, its tokenizer or its template.
+        ConfigError, ModelError: the recipe, its tokenizer or its template; `html` is one of the files that are read.
     """
     if not recipe.data.train:
         raise ConfigError("data.train: missing", remedy="name the files to be looked at")
+    if html is not None:
+        require_no_input(html, _read_files(recipe, recipe_file), option="html", writes="the page")
     own_limit = own_limit_of(recipe)
     tokenizer = tokenizer_of(recipe, None)
     renderer = renderer_of(recipe, tokenizer, recipe.data.max_length or own_limit)
@@ -94,8 +102,7 @@ def inspect(
     )
     measured, not_measured = None, None
     if measure and plan is not None:
-        if not quiet:
-            print("measuring a few steps", file=sys.stderr, flush=True)
+        Say(quiet=quiet)("measuring a few steps")
         try:
             measured, not_measured = _measure(recipe, tokenizer, found.sample, plan)
         except GoldsmithError as error:
@@ -112,6 +119,19 @@ def inspect(
     if html is not None:
         write_asked_file(html, html_page(result))
     return result
+
+
+def _read_files(recipe: Recipe, recipe_file: str | Path | None) -> Iterator[tuple[str, str | Path]]:
+    if recipe_file is not None:
+        yield "the recipe", recipe_file
+    for source in [*recipe.data.train, *recipe.data.eval]:
+        if not source.is_hub:
+            yield from (("the data", file) for _, file in source_files(source, base_folder=Path.cwd()))
+    if recipe.rendering.chat_template is not None:
+        yield "the chat template", recipe.rendering.chat_template
+    for folder in (recipe.model.path, recipe.tokenizer.path):
+        if folder is not None:
+            yield from files_of_model(folder)
 
 
 def _watch(
@@ -140,6 +160,7 @@ class _Counted:
 
     def __init__(self, survey: Survey) -> None:
         self._survey = survey
+        self._say = Say(quiet=False)
         self._rows = 0
         self._began = self._said = time.monotonic()
 
@@ -179,7 +200,7 @@ class _Counted:
         if now - self._said >= _SECONDS_BETWEEN_LINES:
             self._said = now
             rate = self._rows / (now - self._began)
-            print(f"{self._survey.split}: {self._rows:,} rows, {rate:,.0f} a second", file=sys.stderr, flush=True)
+            self._say(f"{self._survey.split}: {self._rows:,} rows, {rate:,.0f} a second")
 
 
 def _measure(

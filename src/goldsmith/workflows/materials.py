@@ -25,16 +25,11 @@ from goldsmith.models.adapters import (
     require_peft,
     select_trainable,
 )
-from goldsmith.models.load import (
-    DtypeName,
-    fit_embeddings,
-    init_causal_lm,
-    load_causal_lm,
-    load_config,
-    resolve_dtype,
-    resolve_model_folder,
-    tokenizer_folder,
-)
+from goldsmith.models.embeddings import fit_embeddings
+from goldsmith.models.folder import load_config, resolve_model_folder, tokenizer_folder
+from goldsmith.models.load import load_causal_lm
+from goldsmith.models.new_model import init_causal_lm
+from goldsmith.models.precision import DtypeName, resolve_dtype
 from goldsmith.recipe import Recipe
 
 __all__ = [

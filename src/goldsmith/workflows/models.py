@@ -20,25 +20,22 @@ from goldsmith.errors import ConfigError, MachineError, ModelError
 from goldsmith.generation.generate import Generation, GenerationConfig, decode_text
 from goldsmith.generation.generate import generate as decode
 from goldsmith.generation.metrics import GenerationMetrics, measure, measure_example
+from goldsmith.models.folder import model_files, tokenizer_folder
 from goldsmith.models.likelihood import LikelihoodModel
-from goldsmith.models.load import (
-    DtypeName,
-    load_causal_lm,
-    parameter_dtype,
-    resolve_device,
-    resolve_dtype,
-    silence_randomness,
-    tokenizer_folder,
-)
+from goldsmith.models.load import load_causal_lm
+from goldsmith.models.precision import DtypeName, parameter_dtype, resolve_device, resolve_dtype
 from goldsmith.models.proof import prove
 from goldsmith.models.quantized import has_packed_weights
+from goldsmith.models.randomness import silence_randomness
 from goldsmith.recipe import load_recipe
-from goldsmith.storage import write_asked_file
+from goldsmith.report.run_files import RECIPE
+from goldsmith.storage import require_no_input, write_asked_file
 from goldsmith.training.checkpoint import load_weights
 from goldsmith.types import Conversation, Message
 from goldsmith.workflows.materials import Rows, causal_lm_of, choose_trained
+from goldsmith.workflows.run_folder import TOKENIZER
 
-__all__ = ["Answer", "Answers", "OpenModel", "generate", "open_model"]
+__all__ = ["Answer", "Answers", "OpenModel", "files_of_model", "generate", "open_model"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +107,13 @@ def open_model(
     folder, rendering, columns = path, RenderingConfig(), None
     is_checkpoint = (Path(path) / "state.json").is_file()
     run = Path(path).resolve().parent.parent if is_checkpoint else Path(path)
-    if (run / "recipe.yaml").is_file():
-        recipe = load_recipe(run / "recipe.yaml", of_run=True)
+    if (run / RECIPE).is_file():
+        recipe = load_recipe(run / RECIPE, of_run=True)
         rendering = recipe.rendering
         columns = recipe.data.columns or (recipe.data.train[0].columns if recipe.data.train else None)
         folder = str(run / "model")
     if is_checkpoint:
-        tokenizer = load_tokenizer(str(run / "tokenizer"))
+        tokenizer = load_tokenizer(str(run / TOKENIZER))
         # As the run had it, adapter and all: its checkpoints hold what was trained, and name what was frozen by its bytes.
         causal_lm: Any = causal_lm_of(recipe, tokenizer, resolve_device(device))
         silence_randomness(causal_lm)
@@ -149,6 +146,14 @@ def open_model(
         columns=columns,
         shares_contexts=proof.shares_contexts,
     )
+
+
+def files_of_model(path: str) -> list[tuple[str, Path]]:
+    """What `open_model` may read, for `require_no_input`: the files of the model's folder, or of the run's."""
+    run = Path(path).expanduser()
+    folders = (run, run / "model", run / TOKENIZER)
+    files = [run / RECIPE, *(file for folder in folders for file in model_files(folder))]
+    return [("a file of the model", file) for file in files]
 
 
 def _scoring_dtype(dtype: DtypeName) -> torch.dtype:
@@ -230,15 +235,24 @@ def generate(
         prompts: in place of `data`; with a chat model each is one user message.
 
     Raises:
-        ConfigError: both or neither of `data` and `prompts`.
+        ConfigError: both or neither of `data` and `prompts`; `output` is one of the files that are read.
     """
     if (data is None) == (not prompts):
         raise ConfigError("generate wants data or prompts, and not both", remedy="give one of them")
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size
     )
+    if output is not None:
+        require_no_input(output, files_of_model(model), writes="the answers")
     opened = open_model(model, device=device, dtype=dtype, revision=revision)
-    rows = list(_prompts(opened, prompts) if data is None else _contexts(opened, data, columns, limit, on_bad_row))
+    if data is None:
+        rows = list(_prompts(opened, prompts))
+    else:
+        dataset = opened.dataset(data, columns=columns, on_bad_row=on_bad_row, limit=limit)
+        if output is not None and isinstance(data, str):
+            read = [("the data", file.path) for file in dataset.report.files]
+            require_no_input(output, read, writes="the answers")
+        rows = list(_contexts(opened, dataset))
     generations = decode(
         opened.model.causal_lm,
         opened.tokenizer,
@@ -276,14 +290,7 @@ def _prompts(opened: OpenModel, prompts: Sequence[str]) -> Iterator[_Prompt]:
         yield _Prompt(example_id=conversation.example_id, prompt=prompt, context=context, gold=None)
 
 
-def _contexts(
-    opened: OpenModel,
-    data: str | Rows,
-    columns: Columns | None,
-    limit: int | None,
-    on_bad_row: Literal["stop", "skip"],
-) -> Iterator[_Prompt]:
-    dataset = opened.dataset(data, columns=columns, on_bad_row=on_bad_row, limit=limit)
+def _contexts(opened: OpenModel, dataset: Dataset) -> Iterator[_Prompt]:
     ends = opened.renderer.end_token_ids
     for index in range(len(dataset)):
         example = dataset[index]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,8 @@ from goldsmith.report.serve import HOST, report_server
 from goldsmith.scoring.files import read_scores, score_to_json
 from goldsmith.scoring.score import Asked, score_windows
 from goldsmith.scoring.texts import TokenTexts
-from goldsmith.storage import write_asked_file, write_atomic
+from goldsmith.storage import require_no_input, write_asked_file, write_atomic
+from goldsmith.workflows.saying import Say
 
 __all__ = [
     "AFTER",
@@ -77,9 +77,12 @@ def report(
         max_examples: so many are shown token by token.
 
     Raises:
-        GoldsmithError: neither runs nor scores, a folder that is no run's, a wrong score file, a full disk.
+        GoldsmithError: neither runs nor scores, a folder that is no run's, a wrong score file, one of these as `output`, a full
+            disk.
     """
     folders, files = _existing(runs, scores)
+    if output is not None:
+        require_no_input(output, _read_files(folders, files), writes="the page")
     path = Path(output) if output is not None else (folders[0] / REPORT if folders else Path(REPORT))
     if not path.parent.is_dir():
         raise MachineError(f"{path}: there is no folder {path.parent}", remedy="make it, or choose another --output")
@@ -110,7 +113,7 @@ def serve_report(
         GoldsmithError: as `report`, or the port is taken.
     """
     folders, files = _existing(runs, scores)
-    watched = [folder / name for folder in folders for name in (*RUN_FILES, BEFORE, AFTER)] + files
+    watched = [file for _, file in _read_files(folders, files)]
 
     def stamp() -> tuple[tuple[int, int] | None, ...]:
         stats = [path.stat() if path.is_file() else None for path in watched]
@@ -128,7 +131,7 @@ def serve_report(
 
     payload()  # what is wrong is said here, and not to a browser
     with report_server(payload, title=title, port=port, stamp=stamp) as server:
-        (say or _say)(f"http://{HOST}:{server.server_port}/ until Ctrl-C")
+        (say or Say(quiet=False))(f"http://{HOST}:{server.server_port}/ until Ctrl-C")
         try:
             server.serve_forever()
         except KeyboardInterrupt:
@@ -186,6 +189,12 @@ def _existing(runs: Sequence[str | Path], scores: Sequence[str | Path]) -> tuple
     return folders, files
 
 
+def _read_files(folders: Sequence[Path], files: Sequence[Path]) -> list[tuple[str, Path]]:
+    """What the page is made of."""
+    of_runs = [("a file of the run", folder / name) for folder in folders for name in (*RUN_FILES, BEFORE, AFTER)]
+    return of_runs + [("a score file", file) for file in files]
+
+
 def _sides(folders: Sequence[Path], files: Sequence[Path]) -> list[Side]:
     """Before and after of each run that has them, then each score file; the names tell them apart."""
     sides = []
@@ -208,7 +217,3 @@ def _sides(folders: Sequence[Path], files: Sequence[Path]) -> list[Side]:
 
 def _title(folders: Sequence[Path], files: Sequence[Path]) -> str:
     return ", ".join([*(folder.resolve().name for folder in folders), *(file.name for file in files)])
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

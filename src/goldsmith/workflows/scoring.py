@@ -20,15 +20,16 @@ from goldsmith.data.loader import Dataset
 from goldsmith.data.rows import Columns
 from goldsmith.data.tokenizer import beginning_ids
 from goldsmith.errors import ConfigError
-from goldsmith.models.load import DtypeName
+from goldsmith.models.precision import DtypeName
 from goldsmith.models.step import autocast
 from goldsmith.scoring.score import Asked, score_windows
 from goldsmith.scoring.summary import Parts, ScoreSummary, ScoreTally, parts_of
 from goldsmith.scoring.texts import TokenTexts
 from goldsmith.scoring.writing import ScoreWriter
+from goldsmith.storage import require_no_input
 from goldsmith.types import TokenScores
 from goldsmith.workflows.materials import Rows
-from goldsmith.workflows.models import OpenModel, open_model
+from goldsmith.workflows.models import OpenModel, files_of_model, open_model
 
 __all__ = ["default_budget", "score", "score_opened"]
 
@@ -76,15 +77,12 @@ def score(
         raise ConfigError(f"alternatives: {alternatives} is negative", remedy="give how many tokens to list, such as 5")
     if output is not None and (not Path(output).name or os.path.isdir(output)):
         raise ConfigError(f"output: {str(output)!r} is a folder", remedy="give the name of a file")
+    if output is not None:
+        require_no_input(output, files_of_model(model), writes="the scores")
     opened = open_model(model, device=device, dtype=dtype, revision=revision, max_length=max_length)
     dataset = opened.dataset(data, columns=columns, on_bad_row=on_bad_row, limit=limit)
     if output is not None and isinstance(data, str):
-        for file in dataset.report.files:
-            if os.path.exists(file.path) and os.path.exists(output) and os.path.samefile(file.path, output):
-                raise ConfigError(
-                    f"output: {output} is the gold itself, which the scores would replace",
-                    remedy="give another --output",
-                )
+        require_no_input(output, [("the gold", file.path) for file in dataset.report.files], writes="the scores")
     return score_opened(
         opened,
         dataset,

@@ -11,9 +11,10 @@ from goldsmith.errors import ConfigError
 from goldsmith.inspection.verify import VerifyReport
 from goldsmith.inspection.verify import verify as verify_model
 from goldsmith.models.likelihood import LikelihoodModel
-from goldsmith.models.load import resolve_device, silence_randomness
+from goldsmith.models.precision import resolve_device
 from goldsmith.models.proof import prove
 from goldsmith.models.quantized import has_packed_weights
+from goldsmith.models.randomness import silence_randomness
 from goldsmith.recipe import Recipe
 from goldsmith.workflows.materials import (
     causal_lm_of,

@@ -126,6 +126,31 @@ def test_many_rejections_are_counted_and_few_are_shown(tmp_path: Path, bpe: PreT
         assert "'answer'" in text
 
 
+@pytest.mark.parametrize(
+    ("line", "options", "remedy"),
+    [
+        ('{"prompt": "p", "answer": "a"}', {}, "name the columns with `columns`, or mend the rows"),
+        ("{", {}, "write the file again, so that each row can be read"),
+        ('{"prompt": "p", "completion": ""}', {}, "mend the rows"),
+        (
+            '{"prompt": "p", "completion": "a b c d"}',
+            {"max_length": 2},
+            "raise max_length where the model can take more",
+        ),
+    ],
+)
+def test_the_remedy_where_no_row_is_left_fits_the_reason(
+    tmp_path: Path, bpe: PreTrainedTokenizerFast, line: str, options: dict[str, Any], remedy: str
+) -> None:
+    (tmp_path / "train.jsonl").write_text(f"{line}\n")
+    for choice in ("stop", "skip"):
+        with pytest.raises(DataError, match="No row is left") as error:
+            load(bpe, tmp_path, "train.jsonl", on_bad_row=choice, format="prompt_completion", **options)
+        assert error.value.remedy is not None
+        assert error.value.remedy.startswith(remedy)
+        assert ("columns" in error.value.remedy) == ("columns" in remedy)
+
+
 def test_limits_repeats_and_weights(tmp_path: Path, write_rows: Write, bpe: PreTrainedTokenizerFast) -> None:
     write_rows([{"prompt": "p"}, *rows(5)], "a.jsonl")
     write_rows(rows(4, 100), "b.jsonl")

@@ -28,15 +28,12 @@ from goldsmith.models.adapters import (
     quantization_of,
     select_trainable,
 )
+from goldsmith.models.embeddings import fit_embeddings
+from goldsmith.models.folder import load_config, tokenizer_folder
 from goldsmith.models.likelihood import LikelihoodModel
-from goldsmith.models.load import (
-    fit_embeddings,
-    load_causal_lm,
-    load_config,
-    silence_randomness,
-    stored_dtype,
-    tokenizer_folder,
-)
+from goldsmith.models.load import load_causal_lm
+from goldsmith.models.precision import stored_dtype
+from goldsmith.models.randomness import silence_randomness
 from goldsmith.recipe import Recipe
 
 BASE = AdapterBase(path="base", revision=None)

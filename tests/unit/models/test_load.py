@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -20,21 +20,11 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
 )
 
-from goldsmith.errors import ConfigError, MachineError, ModelError
-from goldsmith.models.load import (
-    ModelConfig,
-    init_causal_lm,
-    load_causal_lm,
-    parameter_dtype,
-    resolve_device,
-    resolve_dtype,
-    silence_randomness,
-    stored_dtype,
-)
+from goldsmith.errors import ConfigError, ModelError
+from goldsmith.models.load import ModelConfig, load_causal_lm
+from goldsmith.models.precision import stored_dtype
 
 TINY: dict[str, Any] = {
     "vocab_size": 40,
@@ -351,106 +341,6 @@ class TestHostileFolders:
             assert transformers_logging.is_progress_bar_enabled() == has_bar
 
 
-class TestInit:
-    INIT: ClassVar[dict[str, Any]] = {"architecture": "llama", **{k: v for k, v in TINY.items() if k != "vocab_size"}}
-
-    def test_deterministic_given_the_seed_and_global_state_untouched(self) -> None:
-        state = torch.get_rng_state()
-        first = init_causal_lm(self.INIT, vocab_size=40, seed=3)
-        torch.manual_seed(99)
-        torch.rand(7)
-        second = init_causal_lm(self.INIT, vocab_size=40, seed=3)
-        other = init_causal_lm(self.INIT, vocab_size=40, seed=4)
-        torch.set_rng_state(state)
-        assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-        assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
-        init_causal_lm(self.INIT, vocab_size=40)
-        assert torch.equal(state, torch.get_rng_state())
-
-    def test_float64_holds_the_float32_weights(self) -> None:
-        single = init_causal_lm(self.INIT, vocab_size=40)
-        double = init_causal_lm(self.INIT, vocab_size=40, dtype="float64")
-        assert torch.equal(single.lm_head.weight.double(), double.lm_head.weight)
-        assert stored_dtype(double) == torch.float64
-
-    def test_tokens_come_from_the_tokenizer(self) -> None:
-        config = init_causal_lm(self.INIT, vocab_size=40, bos_token_id=3, eos_token_id=4).config
-        assert (config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id) == (40, 3, 4, None)
-
-    def test_saved_and_loaded_again(self, tmp_path: Path) -> None:
-        model = init_causal_lm(self.INIT, vocab_size=40)
-        model.save_pretrained(tmp_path)
-        assert torch.equal(model(IDS).logits, load_causal_lm(tmp_path)(IDS).logits)
-
-    def test_unknown_architecture_names_the_nearest(self) -> None:
-        with pytest.raises(ConfigError, match=r"'lama' is not .* 'llama'"):
-            init_causal_lm({**self.INIT, "architecture": "lama"}, vocab_size=40)
-
-    def test_architecture_that_is_no_causal_lm(self) -> None:
-        with pytest.raises(ConfigError, match="'t5' is not a causal language model"):
-            init_causal_lm({"architecture": "t5"}, vocab_size=40)
-
-    def test_unknown_setting_names_the_nearest(self) -> None:
-        with pytest.raises(ConfigError, match=r"model\.init\.num_layer: .*'num_hidden_layers'"):
-            init_causal_lm({**self.INIT, "num_layer": 3}, vocab_size=40)
-
-    def test_dtype_belongs_elsewhere(self) -> None:
-        with pytest.raises(ConfigError, match=r"set `model\.dtype`"):
-            init_causal_lm({**self.INIT, "dtype": "bfloat16"}, vocab_size=40)
-
-    def test_value_of_the_wrong_type(self) -> None:
-        with pytest.raises(ConfigError, match="hidden_size"):
-            init_causal_lm({**self.INIT, "hidden_size": "wide"}, vocab_size=40)
-
-    def test_heads_that_do_not_divide_the_width(self) -> None:
-        with pytest.raises(ConfigError, match="not a multiple"):
-            init_causal_lm({**self.INIT, "hidden_size": 17}, vocab_size=40)
-
-    def test_names_of_the_architecture_itself(self) -> None:
-        model = init_causal_lm(
-            {"architecture": "gpt2", "n_embd": 16, "num_hidden_layers": 1, "n_head": 2}, vocab_size=40
-        )
-        assert len(model.transformer.h) == 1
-
-    def test_rope_theta_may_be_given_plainly(self) -> None:
-        model = init_causal_lm({**self.INIT, "rope_theta": 123.0}, vocab_size=40)
-        assert model.config.rope_parameters["rope_theta"] == 123.0
-
-    def test_vocabulary_may_be_padded_but_not_cut(self) -> None:
-        assert init_causal_lm({**self.INIT, "vocab_size": 64}, vocab_size=40).lm_head.weight.shape[0] == 64
-        with pytest.raises(ConfigError, match="the tokenizer has 40 tokens"):
-            init_causal_lm({**self.INIT, "vocab_size": 39}, vocab_size=40)
-
-
-class TestRandomness:
-    def test_every_dropout_of_gpt2(self) -> None:
-        model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=40, n_positions=16)).train()
-        before = model(IDS).logits
-        assert not torch.equal(before, model(IDS).logits)
-        changed = silence_randomness(model)
-        assert changed["config.attn_pdrop"] == 0.1
-        assert changed["transformer.drop.p"] == 0.1
-        assert torch.equal(model(IDS).logits, model(IDS).logits)
-        assert silence_randomness(model) == {}
-
-    def test_router_jitter_and_router_loss(self) -> None:
-        config = MixtralConfig(
-            **TINY, num_local_experts=4, router_jitter_noise=0.5, output_router_logits=True, attention_dropout=0.5
-        )
-        model = MixtralForCausalLM(config).train()
-        changed = silence_randomness(model)
-        assert {
-            "config.router_jitter_noise",
-            "config.output_router_logits",
-            "config.attention_dropout",
-        } <= changed.keys()
-        assert torch.equal(model(IDS).logits, model(IDS).logits)
-        assert model(IDS).get("router_logits") is None
-
-    def test_nothing_to_do(self) -> None:
-        assert silence_randomness(LlamaForCausalLM(LlamaConfig(**TINY))) == {}
-
-
 class TestConfig:
     def test_exactly_one_source(self) -> None:
         assert ModelConfig(path="x").dtype == "auto"
@@ -466,18 +356,3 @@ class TestConfig:
     def test_unknown_key(self) -> None:
         with pytest.raises(ValidationError, match="trust_remote_code"):
             ModelConfig(path="x", trust_remote_code=True)  # type: ignore[call-arg]
-
-    def test_devices(self) -> None:
-        assert resolve_device("cpu") == torch.device("cpu")
-        assert resolve_device().type in ("cpu", "cuda")
-        with pytest.raises(ConfigError, match="'gpu' is not a device"):
-            resolve_device("gpu")
-        with pytest.raises(MachineError, match="CUDA devices"):
-            resolve_device("cuda:97")
-
-    def test_dtypes(self) -> None:
-        cpu = torch.device("cpu")
-        assert resolve_dtype("auto", cpu) == torch.float32
-        assert resolve_dtype("bfloat16", cpu) == torch.bfloat16
-        assert parameter_dtype(torch.bfloat16) == torch.float32
-        assert parameter_dtype(torch.float64) == torch.float64

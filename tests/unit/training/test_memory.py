@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 from goldsmith.data.loader import Dataset
 from goldsmith.models import decoder_layers
 from goldsmith.models.likelihood import LikelihoodModel
+from goldsmith.storage import format_bytes
 from goldsmith.training import step_memory
 from goldsmith.training.memory import (
     ModelShape,
-    format_bytes,
     largest_microbatch,
     memory_budget,
     parse_bytes,

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from goldsmith.data.loader import Dataset
 from goldsmith.errors import ModelError
 from goldsmith.models.likelihood import LikelihoodModel
-from goldsmith.models.load import load_causal_lm, silence_randomness
+from goldsmith.models.load import load_causal_lm
+from goldsmith.models.randomness import silence_randomness
 from goldsmith.training.result import check_parity, save_model
 
 END = 1
