@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.data.packing import pack
 from goldsmith.data.shared_context import pack_shared, plan_shared_microbatches, shareable_length, shared_segments
 from goldsmith.errors import NumericalError

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.models.evaluate import GoldStatistics, statistics_of, windows
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.scoring.texts import TokenTexts, num_context_tokens

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from goldsmith.data.rows import Columns
+from goldsmith.data.config import Columns
 from goldsmith.errors import ConfigError
 from goldsmith.models.load import DtypeName
 from goldsmith.scoring.compare import Comparison

@@ -12,9 +12,10 @@ import torch
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from goldsmith.data.loader import Dataset, load_dataset
+from goldsmith.data.config import HUB_PREFIX, Columns, DataConfig, SourceConfig
+from goldsmith.data.dataset import Dataset
+from goldsmith.data.loader import load_dataset
 from goldsmith.data.rendering import Renderer, RenderingConfig
-from goldsmith.data.rows import HUB_PREFIX, Columns, DataConfig, SourceConfig
 from goldsmith.data.tokenizer import load_tokenizer
 from goldsmith.errors import ConfigError, MachineError
 from goldsmith.generation.generate import Generation, GenerationConfig, decode_text

@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerBase
 
 import goldsmith
 from goldsmith import distributed
+from goldsmith.data.config import SourceConfig
+from goldsmith.data.dataset import Dataset
 from goldsmith.data.hub import hub_revision
-from goldsmith.data.loader import Dataset
-from goldsmith.data.rows import SourceConfig
 from goldsmith.data.stream import ExampleStream
 from goldsmith.data.tokenizer import load_tokenizer
 from goldsmith.errors import ConfigError, MachineError, NumericalError

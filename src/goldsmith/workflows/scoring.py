@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import goldsmith
-from goldsmith.data.loader import Dataset
-from goldsmith.data.rows import Columns
+from goldsmith.data.config import Columns
+from goldsmith.data.dataset import Dataset
 from goldsmith.data.tokenizer import beginning_ids
 from goldsmith.errors import ConfigError
 from goldsmith.models.load import DtypeName

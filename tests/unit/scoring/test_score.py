@@ -13,7 +13,7 @@ from lift import lifted
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.errors import DataError, NumericalError
 from goldsmith.models.evaluate import iterate_log_probs, sum_log_likelihood, windows
 from goldsmith.models.likelihood import LikelihoodModel
