@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -149,6 +149,16 @@ class Dataset(Sequence[TokenizedExample]):
             source=self.sources[position],
             num_bytes=int(self.num_bytes[position]),
         )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example; 0 where there is none."""
+        return int(self.lengths.max(initial=0))
+
+    def numbered(self, first: int = 0) -> Iterator[tuple[int, TokenizedExample]]:
+        """The examples from number `first` on, each with its row (see `groups`)."""
+        for index in range(first, len(self)):
+            yield int(self.groups[index]), self[index]
 
     def last_turn(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """The ids before the last run of gold, and the run itself (its end token included).

@@ -1,4 +1,4 @@
-"""Rows in: every one read, checked and rendered, kept in a data set or shown to a watcher; and the report that adds up."""
+"""Rows in: every one read, checked and rendered, kept in memory or on the disk, or only watched; and the report that adds up."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from goldsmith.data.mixture import copies_in_epoch
 from goldsmith.data.rendering import Renderer
 from goldsmith.data.rows import Rejection, Row, shorten
 from goldsmith.data.sources import SourcePart, SourceReader, memory_part
+from goldsmith.data.spool import ExampleSpool
 from goldsmith.data.truncation import Losses
 from goldsmith.errors import ConfigError, DataError
 from goldsmith.records import DataReport, FileReport
 from goldsmith.types import Conversation, Message, TokenizedExample
 
-__all__ = ["RowWatcher", "load_dataset", "read_texts", "render_rows", "watch_rows"]
+__all__ = ["RowWatcher", "load_dataset", "read_texts", "render_rows", "spool_dataset", "watch_rows"]
 
 # What a row is before it is rendered; a source of token ids needs no rendering.
 _Readable = Conversation | TokenizedExample
@@ -91,6 +92,55 @@ def load_dataset(
     loading = _Loading(config, renderer, parts_share_weight=parts_share_weight)
     loading.read(sources, base_folder, split)
     return loading.finish(split)
+
+
+def spool_dataset(
+    sources: Sequence[SourceConfig] | Iterable[Mapping[str, Any]],
+    *,
+    config: DataConfig,
+    renderer: Renderer,
+    split: Literal["train", "eval", "rows"],
+    base_folder: Path = Path(),
+    parts_share_weight: bool = False,
+    folder: Path | None = None,
+) -> ExampleSpool:
+    """As `load_dataset`, but what is kept lies on the disk. Memory grows with the rows by eight bytes of each one's id.
+
+    Rows are read once, so a generator serves too. `repeat` of a source is not kept.
+
+    Args:
+        folder: see `ExampleSpool`; to be closed by who called.
+
+    Raises:
+        DataError, ConfigError: as `load_dataset`.
+        MachineError: the disk is full.
+    """
+    spool = ExampleSpool(folder)
+    try:
+        ids = HashedIds(find=spool.place)
+        loading = _Loading(config, renderer, parts_share_weight=parts_share_weight, watcher=_Spooling(spool), ids=ids)
+        loading.read(sources, base_folder, split)
+        spool.report = loading.accepted(split)
+    except BaseException:
+        spool.close()
+        raise
+    return spool
+
+
+class _Spooling:
+    """Writes the rows that it sees to a spool."""
+
+    def __init__(self, spool: ExampleSpool) -> None:
+        self._spool = spool
+
+    def used(self, row: Conversation | TokenizedExample, examples: list[TokenizedExample], **_: object) -> None:
+        self._spool.add(row.example_id, row.source, examples)
+
+    def dropped(self, row: Conversation | TokenizedExample) -> None:
+        self._spool.add(row.example_id, row.source, [])
+
+    def rejected(self, rejection: Rejection) -> None:
+        pass
 
 
 @contextlib.contextmanager
@@ -238,6 +288,7 @@ class _Loading:
         *,
         parts_share_weight: bool = False,
         watcher: RowWatcher | None = None,
+        ids: ExampleIds | HashedIds | None = None,
     ) -> None:
         self._config = config
         self._renderer = renderer
@@ -246,7 +297,7 @@ class _Loading:
         self._builder = DatasetBuilder()
         self._files: list[FileReport] = []
         self._shown: dict[str, list[str]] = {}
-        self._ids: ExampleIds | HashedIds = ExampleIds() if watcher is None else HashedIds()
+        self._ids = ids if ids is not None else ExampleIds() if watcher is None else HashedIds()
         self._num_rows = 0
         self.losses = Losses()
         self.num_straddles = 0
@@ -376,10 +427,19 @@ class _Loading:
     def report(self) -> DataReport:
         return DataReport(files=self._files, rejections=self._shown)
 
-    def finish(self, split: Literal["train", "eval", "rows"]) -> Dataset:
+    def accepted(self, split: Literal["train", "eval", "rows"]) -> DataReport:
+        """The report, where the rows may be used.
+
+        Raises:
+            DataError: a row is rejected and `on_bad_row` is `stop`, or no row is left.
+        """
         report = self.report
         if report.used == 0 or (report.rejected and self._config.on_bad_row == "stop"):
             raise _rejected_rows(report, split)
+        return report
+
+    def finish(self, split: Literal["train", "eval", "rows"]) -> Dataset:
+        report = self.accepted(split)
         unknown = self._renderer.tokenizer.unk_token_id
         # Where the unknown token is also the end token (GPT-2), nothing is ever unknown.
         is_own = unknown is not None and unknown not in (
