@@ -1,10 +1,11 @@
 """How much memory a row takes that `goldsmith score` reads: a tiny random model and rows of a few characters.
 
-    python benchmarks/score_memory.py --rows 100000                     bytes a row, from 10,000 rows to 100,000
-    python benchmarks/score_memory.py --rows 100000 --without-context   the same with the gold scored twice
+    python benchmarks/score_memory.py                     bytes a row, from 20,000 rows to 200,000
+    python benchmarks/score_memory.py --without-context   the same with the gold scored twice
 
-Each scoring runs in a process of its own and writes JSON Lines (`--parquet`: Parquet). Memory is the difference of the two processes'
-largest resident size, divided by the difference of their rows, so that what does not grow with the rows falls out.
+Each scoring runs in a process of its own and writes JSON Lines (`--parquet`: Parquet). Memory is the difference of the two
+processes' largest resident size, divided by the difference of their rows, so that what does not grow with the rows falls out; up to
+20,000 rows the sums of the bootstrap do, so the smaller has as many at least.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def score(folder: Path, count: int, *, without_context: bool, suffix: str) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=100_000, help="and a tenth as many")
+    parser.add_argument("--rows", type=int, default=200_000, help="and a tenth as many")
     parser.add_argument("--without-context", action="store_true")
     parser.add_argument("--parquet", action="store_true")
     arguments = parser.parse_args()

@@ -14,6 +14,7 @@ import tempfile
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -76,7 +77,8 @@ class ExampleSpool:
 
     def close(self) -> None:
         """Give the room on the disk back."""
-        self._file.close()
+        with suppress(OSError):  # a full disk has been reported by then
+            self._file.close()
 
     def add(self, row_id: str, place: str, examples: Sequence[TokenizedExample]) -> None:
         """Keep the examples of a row; a row without any is remembered by its id.
