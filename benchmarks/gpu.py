@@ -167,7 +167,7 @@ class Stopwatch:
 
 
 def run_goldsmith(case: Case, setting: dict[str, Any]) -> tuple[Work, Stopwatch]:
-    from goldsmith.data.loader import Dataset
+    from goldsmith.data.dataset import Dataset
     from goldsmith.models.compiling import compile_layers
     from goldsmith.models.likelihood import LikelihoodModel
     from goldsmith.models.randomness import silence_randomness

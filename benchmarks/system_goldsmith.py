@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from child import Setting, Stopwatch, Work, run_child
 
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.models.adapters import AdapterBase, AdapterConfig, attach_adapter
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.load import load_causal_lm

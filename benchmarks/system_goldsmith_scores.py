@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from goldsmith.data.loader import Dataset, load_dataset
+from goldsmith.data.config import DataConfig
+from goldsmith.data.dataset import Dataset
+from goldsmith.data.loader import load_dataset
 from goldsmith.data.rendering import Renderer, RenderingConfig
-from goldsmith.data.rows import DataConfig
 from goldsmith.data.tokenizer import load_tokenizer
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.load import load_causal_lm

@@ -23,9 +23,10 @@ from cases import (
     plain_rows,
 )
 
-from goldsmith.data.loader import Dataset, load_dataset
+from goldsmith.data.config import DataConfig
+from goldsmith.data.dataset import Dataset
+from goldsmith.data.loader import load_dataset
 from goldsmith.data.rendering import Renderer, RenderingConfig
-from goldsmith.data.rows import DataConfig
 from goldsmith.errors import GoldsmithError
 from goldsmith.models.evaluate import iterate_log_probs, sum_log_likelihood
 from goldsmith.models.likelihood import LikelihoodModel

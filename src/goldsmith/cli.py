@@ -63,6 +63,8 @@ class Result(Protocol):
 
 # As in goldsmith.models.precision, which would import torch.
 DtypeName = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+# As in goldsmith.data.truncation, likewise.
+LengthPolicy = Literal["reject", "drop", "left", "right", "split"]
 
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output; all else goes to standard error.")
@@ -282,7 +284,18 @@ def score(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of DATA.")] = None,
     skip_bad_rows: SkipOption = False,
     max_length: Annotated[
-        int | None, typer.Option(min=2, help="Reject longer rows; default: the model's limit.")
+        int | None,
+        typer.Option(
+            min=2, help="Longer rows are too long; default: the model's limit, or the run's where it cut rows."
+        ),
+    ] = None,
+    on_too_long: Annotated[
+        LengthPolicy | None,
+        typer.Option(
+            metavar="POLICY",
+            help="What becomes of rows that are too long: reject, drop, left, right or split, as in training; "
+            "default: what the run did where MODEL is one, else reject.",
+        ),
     ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -314,6 +327,7 @@ def score(
         limit=limit,
         on_bad_row="skip" if skip_bad_rows else "stop",
         max_length=max_length,
+        on_too_long=on_too_long,
         device=device,
         dtype=dtype,
         revision=revision,

@@ -31,9 +31,9 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from goldsmith.data.config import DataConfig, SourceConfig
 from goldsmith.data.rendering import RenderingConfig
 from goldsmith.data.rendering_config import BUILT_IN_TEMPLATES
-from goldsmith.data.rows import DataConfig, SourceConfig
 from goldsmith.data.tokenizer import TokenizerConfig
 from goldsmith.errors import ConfigError
 from goldsmith.models.adapters import AdapterConfig

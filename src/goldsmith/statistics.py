@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "ExactSum",
     "Interval",
+    "RowResampling",
     "bootstrap_interval",
     "bootstrap_ratio",
     "bootstrap_ratios",
@@ -166,38 +169,113 @@ def bootstrap_ratios(
         raise ValueError("a value is not finite")
     if (denominators < 0).any() or (denominators.sum(axis=0) <= 0).any():
         raise ValueError("the denominators must be >= 0 and sum to more than 0")
-    size, num_figures = numerators.shape
-    estimates = numerators.sum(axis=0) / denominators.sum(axis=0)
-    is_spread = np.count_nonzero(denominators, axis=0) > 1
+    resampling = RowResampling(numerators.shape[0], seed=seed)
+    return resampling.intervals(
+        resampling.sums(numerators),
+        resampling.sums(denominators),
+        estimates=numerators.sum(axis=0) / denominators.sum(axis=0),
+        is_spread=np.count_nonzero(denominators, axis=0) > 1,
+        confidence=confidence,
+        num_resamples=num_resamples,
+    )
 
-    generator = np.random.default_rng(seed)
-    columns = np.concatenate([numerators, denominators], axis=1)
-    if size > _MOST_BLOCKS:
-        blocks = generator.permutation(np.arange(size) % _MOST_BLOCKS)
-        columns = np.stack([np.bincount(blocks, weights=column) for column in columns.T], axis=1)
-        size = _MOST_BLOCKS
-    ratios = np.empty((num_resamples, num_figures))
-    rows_at_once = max(1, _DRAWS_PER_CHUNK // size)
-    for first in range(0, num_resamples, rows_at_once):
-        num_rows = min(rows_at_once, num_resamples - first)
-        drawn = generator.integers(size, size=(num_rows, size)) + np.arange(num_rows)[:, None] * size
-        counts = np.bincount(drawn.ravel(), minlength=num_rows * size).reshape(num_rows, size).astype(np.float64)
-        totals = counts @ columns
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratios[first : first + num_rows] = totals[:, :num_figures] / totals[:, num_figures:]
-    tail = (1 - confidence) / 2
-    intervals = []
-    for figure in range(num_figures):
-        low = high = math.nan
-        values = ratios[:, figure]
-        # A resample whose denominators are all 0 has no ratio; it is left out rather than counted as 0.
-        values = values[np.isfinite(values)]
-        if is_spread[figure] and values.size:
-            low, high = np.quantile(values, [tail, 1 - tail])
-        intervals.append(
-            Interval(estimate=float(estimates[figure]), low=float(low), high=float(high), confidence=confidence)
-        )
-    return intervals
+
+class RowResampling:
+    """The resamples of `bootstrap_ratios`, for rows that come one after another and are not kept: their sums are.
+
+    Attributes:
+        num_places: how many sums there are of a figure: one a row, or one a block of rows where there are more than 20,000.
+    """
+
+    def __init__(self, num_rows: int, *, seed: int = 0) -> None:
+        self._generator = np.random.default_rng(seed)
+        self.num_places = min(num_rows, _MOST_BLOCKS)
+        # int16 [R] or None: two bytes a row; how rows are drawn does not depend on the type.
+        self._blocks: npt.NDArray[np.int16] | None = None
+        if num_rows > _MOST_BLOCKS:
+            self._blocks = self._generator.permutation(np.resize(np.arange(_MOST_BLOCKS, dtype=np.int16), num_rows))
+
+    def place(self, row: int) -> int:
+        """Which sum a row belongs to."""
+        return row if self._blocks is None else int(self._blocks[row])
+
+    def sums(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Of rows [R, M]: [num_places, M]."""
+        if self._blocks is None:
+            return values
+        return np.stack([np.bincount(self._blocks, weights=column) for column in values.T], axis=1).astype(np.float64)
+
+    def intervals(
+        self,
+        numerators: npt.NDArray[np.float64],
+        denominators: npt.NDArray[np.float64],
+        *,
+        estimates: npt.NDArray[np.float64],
+        is_spread: npt.NDArray[np.bool_],
+        confidence: float = 0.95,
+        num_resamples: int = 2000,
+    ) -> list[Interval]:
+        """An interval a figure.
+
+        Args:
+            numerators, denominators: [num_places, M], a column a figure.
+            estimates: [M].
+            is_spread: [M], whether more than one row has a part in it; what one row has alone has no interval.
+        """
+        generator = copy.deepcopy(self._generator)
+        size, num_figures = numerators.shape
+        columns = np.concatenate([numerators, denominators], axis=1)
+        ratios = np.empty((num_resamples, num_figures))
+        rows_at_once = max(1, _DRAWS_PER_CHUNK // size)
+        for first in range(0, num_resamples, rows_at_once):
+            num_rows = min(rows_at_once, num_resamples - first)
+            drawn = generator.integers(size, size=(num_rows, size)) + np.arange(num_rows)[:, None] * size
+            counts = np.bincount(drawn.ravel(), minlength=num_rows * size).reshape(num_rows, size).astype(np.float64)
+            totals = counts @ columns
+            with np.errstate(divide="ignore", invalid="ignore"):
+                ratios[first : first + num_rows] = totals[:, :num_figures] / totals[:, num_figures:]
+        tail = (1 - confidence) / 2
+        intervals = []
+        for figure in range(num_figures):
+            low = high = math.nan
+            values = ratios[:, figure]
+            # A resample whose denominators are all 0 has no ratio; it is left out rather than counted as 0.
+            values = values[np.isfinite(values)]
+            if is_spread[figure] and values.size:
+                low, high = np.quantile(values, [tail, 1 - tail])
+            intervals.append(
+                Interval(estimate=float(estimates[figure]), low=float(low), high=float(high), confidence=confidence)
+            )
+        return intervals
+
+
+class ExactSum:
+    """A sum of floats of any number, rounded once, at its end: that of `math.fsum`, without holding the terms.
+
+    >>> total = ExactSum()
+    >>> for term in (1e100, 1.0, -1e100):
+    ...     total.add(term)
+    >>> total.value
+    1.0
+    """
+
+    __slots__ = ("_units",)
+
+    def __init__(self) -> None:
+        self._units = 0
+
+    def add(self, term: float) -> None:
+        """
+        Raises:
+            ValueError, OverflowError: the term is not finite.
+        """
+        # In units of 2^-1127 every float is a whole number: the smallest is 2^-1074, and a mantissa has 53 bits.
+        mantissa, exponent = math.frexp(term)
+        self._units += int(mantissa * 2**53) << (exponent + 1074)
+
+    @property
+    def value(self) -> float:
+        return self._units / (1 << 1127)
 
 
 def bootstrap_interval(

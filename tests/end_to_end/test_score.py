@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,20 +15,26 @@ from typer.testing import CliRunner
 
 import goldsmith
 from goldsmith.cli import app
-from goldsmith.errors import ConfigError, MachineError
+from goldsmith.errors import ConfigError, DataError, MachineError
 from goldsmith.recipe import Recipe
 from goldsmith.scoring.compare import Comparison
+from goldsmith.scoring.files import score_to_json
 from goldsmith.scoring.ranking import Ranking
+from goldsmith.scoring.score import Asked, score_windows
+from goldsmith.scoring.texts import TokenTexts
 from goldsmith.scoring.writing import ScoreWriter
+from goldsmith.types import TokenizedExample
+from goldsmith.workflows.models import open_model
 
 ROWS = [{"id": f"r{n}", "prompt": f"{n} + 1 = ", "completion": str(n + 1), "weight": 1 + n % 3} for n in range(30)]
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The test's own folder is the current one; one thread; windows of a few examples."""
+    """The test's own folder is the current one; one thread; windows of a few examples, and blocks on the disk of fewer."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("goldsmith.scoring.score._WINDOW_EXAMPLES", 7)
+    monkeypatch.setattr("goldsmith.data.spool._ROWS_A_BLOCK", 4)
     (tmp_path / "gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -35,9 +42,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     torch.set_num_threads(threads)
 
 
-def test_the_weighted_sum_is_the_runs_last_evaluation(here: Path) -> None:
-    """In float64, of the result and of a checkpoint, whatever the packing."""
-    settings: dict[str, Any] = {
+def settings_of_a_run() -> dict[str, Any]:
+    return {
         "model": {
             "init": {"architecture": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
                      "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64},
@@ -51,7 +57,11 @@ def test_the_weighted_sum_is_the_runs_last_evaluation(here: Path) -> None:
         "optimizer": {"learning_rate": 0.01},
         "output_dir": "runs/it",
     }  # fmt: skip
-    result = goldsmith.train(Recipe.from_mapping(settings), quiet=True)
+
+
+def test_the_weighted_sum_is_the_runs_last_evaluation(here: Path) -> None:
+    """In float64, of the result and of a checkpoint, whatever the packing."""
+    result = goldsmith.train(Recipe.from_mapping(settings_of_a_run()), quiet=True)
     frame = result.to_pandas()
     nll = frame[frame["kind"] == "evaluation"]["nll"].iloc[-1]
     assert "runs/it" in result._repr_html_()
@@ -65,6 +75,103 @@ def test_the_weighted_sum_is_the_runs_last_evaluation(here: Path) -> None:
     again = goldsmith.score(str(last), "gold.jsonl")
     assert again.weighted_nll is not None
     assert again.weighted_nll.estimate == pytest.approx(nll, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("policy", "normalization", "num_examples"),
+    [("drop", "token", 10), ("left", "token", 30), ("right", "token", 30), ("split", "example", 50)],
+)
+def test_rows_that_are_too_long_are_scored_as_the_run_evaluated_them(
+    here: Path, policy: str, normalization: str, num_examples: int
+) -> None:
+    """20 rows have 13 tokens, of which 12 fit: what the run did with them is done, or what is asked for by name."""
+    settings = settings_of_a_run()
+    settings["data"] |= {"max_length": 12, "on_too_long": policy}
+    settings["objective"] = {"normalization": normalization}
+    result = goldsmith.train(Recipe.from_mapping(settings), quiet=True)
+    nll = result.to_pandas()[lambda frame: frame["kind"] == "evaluation"]["nll"].iloc[-1]
+    last = sorted((here / "runs/it/checkpoints").iterdir())[-1]
+    for model in ("runs/it", str(last)):
+        summary = goldsmith.score(model, "gold.jsonl", dtype="float64")
+        assert summary.weighted_nll is not None
+        assert summary.weighted_nll.estimate == pytest.approx(nll, rel=1e-9)
+        assert summary.num_examples == num_examples
+        assert summary.losses is not None
+        assert summary.losses.rows_too_long == 20
+        assert "rows too long" in str(summary)
+    rejected = goldsmith.score("runs/it", "gold.jsonl", dtype="float64", on_too_long="reject")
+    assert rejected.num_examples == 30
+    assert rejected.weighted_nll is not None
+    assert rejected.weighted_nll.estimate != pytest.approx(nll, rel=1e-6)
+    with pytest.raises(DataError, match="longer than max_length: 20 rows"):
+        goldsmith.score("runs/it", "gold.jsonl", dtype="float64", on_too_long="reject", max_length=12)
+    result_folder = goldsmith.score("runs/it/model", "gold.jsonl", dtype="float64")
+    assert (result_folder.num_examples, result_folder.losses and result_folder.losses.rows_too_long) == (30, 0)
+
+
+def test_rows_are_dropped_by_a_flag_and_the_loss_is_told(tiny_model_folder: Path) -> None:
+    command = [
+        "score",
+        str(tiny_model_folder),
+        "gold.jsonl",
+        "--on-too-long",
+        "drop",
+        "--max-length",
+        "10",
+        "--json",
+        "-q",
+    ]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert values["num_examples"] == 9
+    assert values["losses"]["dropped"] == values["losses"]["too_long"] == 21
+    assert values["losses"]["gold_tokens_lost"] == 3 * 21
+
+
+def test_a_bad_row_at_the_end_is_told_before_anything_is_scored(
+    tiny_model_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (here / "gold.jsonl").open("a") as file:
+        file.write('{"prompt": "no gold"}\n')
+    monkeypatch.setattr("goldsmith.workflows.scoring.score_windows", lambda *_, **__: pytest.fail("it was scored"))
+    before = sorted(path.name for path in here.iterdir())
+    with pytest.raises(DataError, match=r"gold\.jsonl:31"):
+        goldsmith.score(str(tiny_model_folder), "gold.jsonl", output="scores.jsonl", device="cpu")
+    assert sorted(path.name for path in here.iterdir()) == before
+
+
+def test_a_window_of_rows_is_in_memory_and_not_all(tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is counted are the examples that live when a window is written: its own, and the block that is read."""
+    original, live = ScoreWriter.write_window, []
+
+    def counts(self: ScoreWriter, examples: Any) -> None:
+        live.append(sum(type(thing) is TokenizedExample for thing in gc.get_objects()))
+        original(self, examples)
+
+    monkeypatch.setattr(ScoreWriter, "write_window", counts)
+    rows = ({"prompt": f"{n}", "completion": "x"} for n in range(60))
+    gc.collect()
+    others = sum(type(thing) is TokenizedExample for thing in gc.get_objects())
+    summary = goldsmith.score(str(tiny_model_folder), rows, output="scores.jsonl", device="cpu")
+    assert summary.num_examples == 60
+    assert len(live) == 9
+    assert max(live) - others <= 7 + 4 + 7
+
+
+def test_scores_are_to_the_bit_those_of_rows_in_memory(tiny_model_folder: Path) -> None:
+    goldsmith.score(str(tiny_model_folder), "gold.jsonl", with_tokens=True, output="scores.jsonl", device="cpu")
+    opened = open_model(str(tiny_model_folder), device="cpu")
+    windows = score_windows(
+        opened.model,
+        TokenTexts(opened.tokenizer),
+        opened.dataset("gold.jsonl", columns=None, on_bad_row="stop"),
+        Asked(tokens=True),
+        tokens_per_microbatch=2048,
+        shares_contexts=opened.shares_contexts,
+    )
+    expected = [score_to_json(one.scores) for window in windows for one in window]
+    assert [json.loads(line) for line in Path("scores.jsonl").read_text().splitlines()] == expected
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.models import attention_cuda, likelihood
 from goldsmith.models.attention import packed_attention
 from goldsmith.models.compiling import compile_layers

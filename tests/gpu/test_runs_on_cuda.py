@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import goldsmith
 from goldsmith import storage, workflows
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.errors import MachineError
 from goldsmith.models.adapters import AdapterBase, AdapterConfig, attach_adapter, quantization_of
 from goldsmith.models.likelihood import LikelihoodModel

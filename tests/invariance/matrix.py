@@ -29,7 +29,7 @@ from families import (
 from plain import OWN_ATTENTION, PlainRow, PlainStep, plain_step
 from small_trainer import build_trainer
 
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.models import likelihood
 from goldsmith.models.evaluate import sum_log_likelihood
 from goldsmith.models.likelihood import LikelihoodModel

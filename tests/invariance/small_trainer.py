@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.objective.cross_entropy import ObjectiveConfig
 from goldsmith.training.checkpoint import CheckpointConfig

@@ -14,7 +14,7 @@ import torch
 from plain import PlainRow, plain_step
 from small_trainer import build_model, build_trainer, gradients, make_examples, weights
 
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.models.evaluate import sum_log_likelihood
 from goldsmith.training.trainer import Trainer
 from goldsmith.types import TokenizedExample

@@ -10,7 +10,7 @@ import torch
 from families import FAMILIES
 from matrix import ALL_AT_ONCE, EVALUATION_TOLERANCE, ROUNDING, evaluate, examples_of, fast_model, rows_of, typical
 
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.models.evaluate import iterate_log_probs, sum_log_likelihood
 from goldsmith.models.likelihood import LikelihoodModel
 

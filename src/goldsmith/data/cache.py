@@ -29,9 +29,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from goldsmith.data.loader import Dataset, load_dataset
+from goldsmith.data.config import DataConfig, SourceConfig
+from goldsmith.data.dataset import Dataset
+from goldsmith.data.loader import load_dataset
 from goldsmith.data.rendering import Renderer
-from goldsmith.data.rows import DataConfig, SourceConfig, source_files
+from goldsmith.data.rows import source_files
 from goldsmith.errors import DataError
 from goldsmith.records import DataReport, FileReport
 from goldsmith.storage import free_bytes, sha256_file

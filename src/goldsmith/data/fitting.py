@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+from goldsmith.data.config import DataConfig
 from goldsmith.data.rendering import Renderer
-from goldsmith.data.rows import DataConfig, Rejection
+from goldsmith.data.rows import Rejection
 from goldsmith.data.truncation import Fitted, LengthLimit, Losses, fit_row
 from goldsmith.types import Conversation, TokenizedExample
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from goldsmith.data.rows import HUB_PREFIX, Columns, Rejection, Row, SourceConfig, shorten, source_name
+from goldsmith.data.config import HUB_PREFIX, Columns, SourceConfig, source_name
+from goldsmith.data.rows import Rejection, Row, shorten
 from goldsmith.errors import ConfigError, DataError
 
 __all__ = ["hub_revision", "hub_rows", "shown_hub_source"]

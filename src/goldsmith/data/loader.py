@@ -1,32 +1,33 @@
-"""The data set: every row read, checked, rendered, and kept in a few flat arrays; and the report that adds up."""
+"""Rows in: every one read, checked and rendered, kept in memory or on the disk, or only watched; and the report that adds up."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, overload
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
-import numpy.typing as npt
-from transformers import PreTrainedTokenizerBase
 
+from goldsmith.data.config import DataConfig, SourceConfig, source_name
+from goldsmith.data.dataset import Dataset, DatasetBuilder, gold_runs
+from goldsmith.data.example_ids import ExampleIds, HashedIds
 from goldsmith.data.fitting import RowFitter
 from goldsmith.data.mixture import copies_in_epoch
 from goldsmith.data.rejections import remedy_of
 from goldsmith.data.rendering import Renderer
-from goldsmith.data.rows import DataConfig, Rejection, Row, SourceConfig, shorten, source_name
+from goldsmith.data.rows import Rejection, Row, shorten
 from goldsmith.data.sources import SourcePart, SourceReader, memory_part
+from goldsmith.data.spool import ExampleSpool
 from goldsmith.data.truncation import Losses
 from goldsmith.errors import ConfigError, DataError
 from goldsmith.records import DataReport, FileReport
-from goldsmith.types import Conversation, GoldTurn, Message, TokenizedExample
+from goldsmith.types import Conversation, Message, TokenizedExample
 
-__all__ = ["Dataset", "RowWatcher", "gold_runs", "load_dataset", "read_texts", "render_rows", "watch_rows"]
+__all__ = ["RowWatcher", "load_dataset", "read_texts", "render_rows", "spool_dataset", "watch_rows"]
 
 # What a row is before it is rendered; a source of token ids needs no rendering.
 _Readable = Conversation | TokenizedExample
@@ -35,9 +36,6 @@ _Readable = Conversation | TokenizedExample
 _ROWS_AT_ONCE = 1024
 # Rejections of each reason that are kept with their place.
 _SHOWN_REJECTIONS = 3
-# Ids of a watched data set are kept as 64-bit hashes, in sorted blocks; two of one size become one, up to a size.
-_IDS_A_BLOCK = 1 << 13
-_MAX_IDS_A_BLOCK = 1 << 18
 
 
 class RowWatcher(Protocol):
@@ -68,257 +66,6 @@ class RowWatcher(Protocol):
         """A row that cannot be used."""
 
 
-class Dataset(Sequence[TokenizedExample]):
-    """Examples in flat arrays. Legend: E examples, N tokens and G gold turns of all together. Nothing here changes after loading.
-
-    Attributes:
-        token_ids: int32 [N], the examples end to end.
-        target_weights: float32 [N].
-        offsets: int64 [E + 1]; example i is `token_ids[offsets[i]:offsets[i + 1]]`.
-        lengths: int64 [E], tokens.
-        num_target_tokens: int64 [E], tokens of weight > 0.
-        weight_sums: float64 [E], W(i).
-        example_weights: float64 [E], u_i (the source's weight is in it).
-        groups: int64 [E], counts rows from 0; the parts of a row share it and lie together.
-        repeats: float64 [E], how often an epoch holds the example's row.
-        num_bytes: int64 [E], see `TokenizedExample`.
-        example_ids, sources: one an example; ids are unique.
-        source_names: of the sources, in the order in which they were read.
-        source_indices: int32 [E], index into `source_names`.
-        turn_counts: int32 [E], how many gold turns an example has; 0 where they are not known.
-        turn_begins, turn_numbers: int32 [G], see `GoldTurn`.
-        turn_roles: int32 [G], index into `role_names`.
-        role_names: of the messages that have gold.
-        num_unknown_tokens: tokens that are the tokenizer's unknown token: text that it could not write.
-        report: what became of every row.
-    """
-
-    def __init__(
-        self,
-        examples: Iterable[TokenizedExample],
-        *,
-        groups: Sequence[int] | None = None,
-        repeats: Sequence[float] | None = None,
-        source_names: Sequence[str] | None = None,
-        known_sources: Sequence[str] = (),
-        report: DataReport | None = None,
-        unknown_id: int | None = None,
-    ) -> None:
-        """
-        Args:
-            examples: in order; copied.
-            groups: default: every example is a row of its own.
-            repeats: default: 1 each.
-            source_names: the name of each example's source; default: one source without a name.
-            known_sources: names that come first in the data set's `source_names`, whether an example has them or not.
-            report: default: an empty one.
-            unknown_id: the tokenizer's `unk_token_id`, to count.
-        """
-        builder = _Builder()
-        builder.source_names = {name: index for index, name in enumerate(known_sources)}
-        for index, example in enumerate(examples):
-            builder.add(
-                example,
-                group=index if groups is None else groups[index],
-                repeat=1.0 if repeats is None else repeats[index],
-                source_name="" if source_names is None else source_names[index],
-            )
-        self._fill(builder, report or DataReport(), unknown_id)
-
-    def _fill(self, builder: _Builder, report: DataReport, unknown_id: int | None) -> None:
-        builder.flush()
-        self.token_ids: npt.NDArray[np.int32] = _joined(builder.token_ids, np.int32)
-        self.target_weights: npt.NDArray[np.float32] = _joined(builder.target_weights, np.float32)
-        self.lengths: npt.NDArray[np.int64] = np.array(builder.lengths, dtype=np.int64)
-        self.offsets: npt.NDArray[np.int64] = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
-        self.example_weights: npt.NDArray[np.float64] = np.array(builder.example_weights, dtype=np.float64)
-        self.groups: npt.NDArray[np.int64] = np.array(builder.groups, dtype=np.int64)
-        self.repeats: npt.NDArray[np.float64] = np.array(builder.repeats, dtype=np.float64)
-        self.num_bytes: npt.NDArray[np.int64] = np.array(builder.num_bytes, dtype=np.int64)
-        self.example_ids: list[str] = builder.example_ids
-        self.sources: list[str] = builder.sources
-        self.source_names: list[str] = list(builder.source_names)
-        self.source_indices: npt.NDArray[np.int32] = np.array(builder.source_indices, dtype=np.int32)
-        self.turn_counts: npt.NDArray[np.int32] = np.array(builder.turn_counts, dtype=np.int32)
-        self.turn_begins: npt.NDArray[np.int32] = np.array(builder.turn_begins, dtype=np.int32)
-        self.turn_numbers: npt.NDArray[np.int32] = np.array(builder.turn_numbers, dtype=np.int32)
-        self.turn_roles: npt.NDArray[np.int32] = np.array(builder.turn_roles, dtype=np.int32)
-        self.role_names: list[str] = list(builder.role_names)
-        self._sum_up()
-        self.num_unknown_tokens = 0 if unknown_id is None else int(np.count_nonzero(self.token_ids == unknown_id))
-        self.report = report
-
-    def _sum_up(self) -> None:
-        self._turn_offsets = np.concatenate([[0], np.cumsum(self.turn_counts)]).astype(np.int64)
-        starts = self.offsets[:-1]
-        empty = len(self.example_ids) == 0
-        self.weight_sums: npt.NDArray[np.float64] = (
-            np.zeros(0) if empty else np.add.reduceat(self.target_weights, starts, dtype=np.float64)
-        )
-        self.num_target_tokens: npt.NDArray[np.int64] = (
-            np.zeros(0, dtype=np.int64) if empty else np.add.reduceat(self.target_weights > 0, starts, dtype=np.int64)
-        )
-
-    @classmethod
-    def of_arrays(
-        cls,
-        arrays: Mapping[str, npt.NDArray[Any]],
-        *,
-        example_ids: list[str],
-        sources: list[str],
-        source_names: list[str],
-        role_names: list[str],
-        num_unknown_tokens: int,
-        report: DataReport,
-    ) -> Dataset:
-        """A data set that was taken apart into what it holds; `arrays` by the names of the attributes, but for what follows from
-        others.
-        """
-        dataset = cls.__new__(cls)
-        for name, array in arrays.items():
-            setattr(dataset, name, array)
-        dataset.offsets = np.concatenate([[0], np.cumsum(dataset.lengths)]).astype(np.int64)
-        dataset.example_ids, dataset.sources, dataset.source_names = example_ids, sources, source_names
-        dataset.role_names = role_names
-        dataset._sum_up()
-        dataset.num_unknown_tokens = num_unknown_tokens
-        dataset.report = report
-        return dataset
-
-    def __len__(self) -> int:
-        return len(self.example_ids)
-
-    @overload
-    def __getitem__(self, index: int) -> TokenizedExample: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[TokenizedExample]: ...
-
-    def __getitem__(self, index: int | slice) -> TokenizedExample | list[TokenizedExample]:
-        """One example, its arrays views of the data set's; or a list for a slice."""
-        if isinstance(index, slice):
-            return [self[position] for position in range(*index.indices(len(self)))]
-        position = int(index) + (len(self) if index < 0 else 0)
-        if not 0 <= position < len(self):
-            raise IndexError(f"example {index} of {len(self)}")
-        span = slice(int(self.offsets[position]), int(self.offsets[position + 1]))
-        return TokenizedExample(
-            token_ids=self.token_ids[span],
-            target_weights=self.target_weights[span],
-            example_id=self.example_ids[position],
-            example_weight=float(self.example_weights[position]),
-            source=self.sources[position],
-            num_bytes=int(self.num_bytes[position]),
-            turns=self._turns(position),
-        )
-
-    def _turns(self, position: int) -> tuple[GoldTurn, ...]:
-        return tuple(
-            GoldTurn(
-                begin=int(self.turn_begins[index]),
-                number=int(self.turn_numbers[index]),
-                role=self.role_names[self.turn_roles[index]],
-            )
-            for index in range(int(self._turn_offsets[position]), int(self._turn_offsets[position + 1]))
-        )
-
-    def last_turn(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """The ids before the last run of a turn's gold, and the run itself (its end token included).
-
-        The first is what a server is given for that turn, unless a token straddles the boundary (`boundary: joint`).
-        """
-        example = self[index]
-        first, end = gold_runs(example.target_weights)[-1]
-        if example.turns:  # what comes right before may be gold too, of another's
-            first = max(first, example.turns[-1].begin)
-        return example.token_ids[:first], example.token_ids[first:end]
-
-    def context_text(self, index: int, tokenizer: PreTrainedTokenizerBase) -> str:
-        """What stands before the last run of gold, for display: decoded, control tokens included."""
-        return str(tokenizer.decode(self.last_turn(index)[0].tolist(), skip_special_tokens=False))
-
-    def gold_text(self, index: int, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The last run of gold, for display and for exact match: decoded, without special tokens."""
-        return str(tokenizer.decode(self.last_turn(index)[1].tolist(), skip_special_tokens=True))
-
-    def fingerprint(self) -> str:
-        """SHA-256, in hex, over all that training depends on: ids, weights, rows, repeats and example ids, in order."""
-        digest = hashlib.sha256()
-        for array, kind in (
-            (self.token_ids, "<i4"),
-            (self.target_weights, "<f4"),
-            (self.lengths, "<i8"),
-            (self.example_weights, "<f8"),
-            (self.groups, "<i8"),
-            (self.repeats, "<f8"),
-        ):
-            digest.update(f"{kind}[{array.shape[0]}]".encode())
-            digest.update(np.ascontiguousarray(array, dtype=np.dtype(kind)).data)
-        digest.update(json.dumps(self.example_ids).encode("utf-8"))
-        return digest.hexdigest()
-
-
-class _Builder:
-    """Collects examples; small arrays are joined as they come, so that memory holds few objects."""
-
-    def __init__(self) -> None:
-        self.token_ids: list[npt.NDArray[np.int32]] = []
-        self.target_weights: list[npt.NDArray[np.float32]] = []
-        self.lengths: list[int] = []
-        self.example_weights: list[float] = []
-        self.groups: list[int] = []
-        self.repeats: list[float] = []
-        self.num_bytes: list[int] = []
-        self.example_ids: list[str] = []
-        self.sources: list[str] = []
-        self.source_names: dict[str, int] = {}
-        self.source_indices: list[int] = []
-        self.turn_counts: list[int] = []
-        self.turn_begins: list[int] = []
-        self.turn_numbers: list[int] = []
-        self.turn_roles: list[int] = []
-        self.role_names: dict[str, int] = {}
-        self._pending: list[TokenizedExample] = []
-
-    def add(self, example: TokenizedExample, *, group: int, repeat: float, source_name: str) -> None:
-        self._pending.append(example)
-        self.lengths.append(example.num_tokens)
-        self.example_weights.append(example.example_weight)
-        self.groups.append(group)
-        self.repeats.append(repeat)
-        self.num_bytes.append(example.num_bytes)
-        self.example_ids.append(example.example_id)
-        self.sources.append(example.source)
-        self.source_indices.append(self.source_names.setdefault(source_name, len(self.source_names)))
-        self.turn_counts.append(len(example.turns))
-        for turn in example.turns:
-            self.turn_begins.append(turn.begin)
-            self.turn_numbers.append(turn.number)
-            self.turn_roles.append(self.role_names.setdefault(turn.role, len(self.role_names)))
-        if len(self._pending) >= _ROWS_AT_ONCE:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._pending:
-            self.token_ids.append(np.concatenate([example.token_ids for example in self._pending]))
-            self.target_weights.append(np.concatenate([example.target_weights for example in self._pending]))
-            self._pending = []
-
-
-def gold_runs(target_weights: npt.NDArray[np.float32]) -> list[tuple[int, int]]:
-    """(begin, end) of each stretch of gold, one after another.
-
-    >>> gold_runs(np.array([0, 0, 1, 2, 0, 1], dtype=np.float32))
-    [(2, 4), (5, 6)]
-    """
-    edges = np.flatnonzero(np.diff(target_weights > 0, prepend=False, append=False))
-    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
-
-
-def _joined(arrays: list[npt.NDArray[Any]], dtype: type[np.generic]) -> npt.NDArray[Any]:
-    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=dtype)
-
-
 def load_dataset(
     sources: Sequence[SourceConfig] | Iterable[Mapping[str, Any]],
     *,
@@ -346,6 +93,55 @@ def load_dataset(
     loading = _Loading(config, renderer, parts_share_weight=parts_share_weight)
     loading.read(sources, base_folder, split)
     return loading.finish(split)
+
+
+def spool_dataset(
+    sources: Sequence[SourceConfig] | Iterable[Mapping[str, Any]],
+    *,
+    config: DataConfig,
+    renderer: Renderer,
+    split: Literal["train", "eval", "rows"],
+    base_folder: Path = Path(),
+    parts_share_weight: bool = False,
+    folder: Path | None = None,
+) -> ExampleSpool:
+    """As `load_dataset`, but what is kept lies on the disk. Memory grows with the rows by eight bytes of each one's id.
+
+    Rows are read once, so a generator serves too. `repeat` of a source is not kept.
+
+    Args:
+        folder: see `ExampleSpool`; to be closed by who called.
+
+    Raises:
+        DataError, ConfigError: as `load_dataset`.
+        MachineError: the disk is full.
+    """
+    spool = ExampleSpool(folder)
+    try:
+        ids = HashedIds(find=spool.place)
+        loading = _Loading(config, renderer, parts_share_weight=parts_share_weight, watcher=_Spooling(spool), ids=ids)
+        loading.read(sources, base_folder, split)
+        spool.report = loading.accepted(split)
+    except BaseException:
+        spool.close()
+        raise
+    return spool
+
+
+class _Spooling:
+    """Writes the rows that it sees to a spool."""
+
+    def __init__(self, spool: ExampleSpool) -> None:
+        self._spool = spool
+
+    def used(self, row: Conversation | TokenizedExample, examples: list[TokenizedExample], **_: object) -> None:
+        self._spool.add(row.example_id, row.source, examples)
+
+    def dropped(self, row: Conversation | TokenizedExample) -> None:
+        self._spool.add(row.example_id, row.source, [])
+
+    def rejected(self, rejection: Rejection) -> None:
+        pass
 
 
 @contextlib.contextmanager
@@ -493,15 +289,16 @@ class _Loading:
         *,
         parts_share_weight: bool = False,
         watcher: RowWatcher | None = None,
+        ids: ExampleIds | HashedIds | None = None,
     ) -> None:
         self._config = config
         self._renderer = renderer
         self._watcher = watcher
         self._fitter = RowFitter(renderer, config, parts_share_weight=parts_share_weight)
-        self._builder = _Builder()
+        self._builder = DatasetBuilder()
         self._files: list[FileReport] = []
         self._shown: dict[str, list[str]] = {}
-        self._ids: _Ids | _HashedIds = _Ids() if watcher is None else _HashedIds()
+        self._ids = ids if ids is not None else ExampleIds() if watcher is None else HashedIds()
         self._num_rows = 0
         self.losses = Losses()
         self.num_straddles = 0
@@ -631,18 +428,26 @@ class _Loading:
     def report(self) -> DataReport:
         return DataReport(files=self._files, rejections=self._shown)
 
-    def finish(self, split: Literal["train", "eval", "rows"]) -> Dataset:
+    def accepted(self, split: Literal["train", "eval", "rows"]) -> DataReport:
+        """The report, where the rows may be used.
+
+        Raises:
+            DataError: a row is rejected and `on_bad_row` is `stop`, or no row is left.
+        """
         report = self.report
         if report.used == 0 or (report.rejected and self._config.on_bad_row == "stop"):
             raise _rejected_rows(report, split)
-        dataset = Dataset.__new__(Dataset)
+        return report
+
+    def finish(self, split: Literal["train", "eval", "rows"]) -> Dataset:
+        report = self.accepted(split)
         unknown = self._renderer.tokenizer.unk_token_id
         # Where the unknown token is also the end token (GPT-2), nothing is ever unknown.
         is_own = unknown is not None and unknown not in (
             self._renderer.tokenizer.eos_token_id,
             self._renderer.tokenizer.bos_token_id,
         )
-        dataset._fill(self._builder, report, int(unknown) if is_own else None)
+        dataset = self._builder.finish(report, unknown_id=int(unknown) if is_own else None)
         rows = np.unique(dataset.groups, return_index=True)[1]
         if split == "train" and not copies_in_epoch(dataset.repeats[rows], np.zeros(len(rows), dtype=np.uint64)).any():
             raise DataError(
@@ -651,53 +456,6 @@ class _Loading:
                 remedy="raise `repeat` of a source",
             )
         return dataset
-
-
-class _Ids:
-    """Every example id with the place where it was first seen."""
-
-    def __init__(self) -> None:
-        self._places: dict[str, str] = {}
-
-    def place(self, example_id: str) -> str | None:
-        return self._places.get(example_id)
-
-    def add(self, example_id: str, place: str) -> None:
-        self._places[example_id] = place
-
-
-class _HashedIds:
-    """The same in eight bytes an id, without the places. Two different ids among a million agree once in 37 million times."""
-
-    def __init__(self) -> None:
-        self._blocks: list[npt.NDArray[np.uint64]] = []
-        self._newest: set[int] = set()
-
-    def place(self, example_id: str) -> str | None:
-        key = _hash(example_id)
-        found = key in self._newest or any(_holds(block, key) for block in self._blocks)
-        return "an earlier row" if found else None
-
-    def add(self, example_id: str, place: str) -> None:
-        self._newest.add(_hash(example_id))
-        if len(self._newest) >= _IDS_A_BLOCK:
-            block = np.fromiter(self._newest, dtype=np.uint64, count=len(self._newest))
-            block.sort()
-            self._newest.clear()
-            while self._blocks and self._blocks[-1].shape == block.shape and block.shape[0] < _MAX_IDS_A_BLOCK:
-                block = np.concatenate([self._blocks.pop(), block])
-                block.sort()
-            self._blocks.append(block)
-
-
-def _hash(text: str) -> int:
-    data = text.encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
-def _holds(block: npt.NDArray[np.uint64], key: int) -> bool:
-    place = int(np.searchsorted(block, np.uint64(key)))
-    return place < block.shape[0] and int(block[place]) == key
 
 
 class _FileInProgress:

@@ -21,7 +21,7 @@ __all__ = ["IndexedExamples", "epoch_order", "pack", "plan_microbatches", "steps
 
 
 class IndexedExamples(Protocol):
-    """What `pack` needs of a data set; a list of examples has it, and so has `loader.Dataset`."""
+    """What `pack` needs of a data set; a list of examples has it, and so has `dataset.Dataset`."""
 
     def __len__(self) -> int: ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from goldsmith.data.rows import FIELDS
+from goldsmith.data.config import FIELDS
 
 __all__ = ["remedy_of"]
 

@@ -8,19 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from goldsmith.data.config import DataConfig, FormatName, SourceConfig, source_name
 from goldsmith.data.formats import SAMPLE_ROWS, RowConverter, detect_format
 from goldsmith.data.hub import hub_rows, shown_hub_source
-from goldsmith.data.rows import (
-    DataConfig,
-    FormatName,
-    Rejection,
-    Row,
-    SourceConfig,
-    read_file,
-    rows_in_memory,
-    source_files,
-    source_name,
-)
+from goldsmith.data.rows import Rejection, Row, read_file, rows_in_memory, source_files
 from goldsmith.storage import sha256_file
 from goldsmith.types import Conversation, TokenizedExample
 

@@ -21,11 +21,13 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from goldsmith.data.config import DataConfig, SourceConfig, source_name
+from goldsmith.data.dataset import Dataset
 from goldsmith.data.fitting import RowFitter
-from goldsmith.data.loader import Dataset, render_rows
+from goldsmith.data.loader import render_rows
 from goldsmith.data.rejections import remedy_of
 from goldsmith.data.rendering import Renderer
-from goldsmith.data.rows import DataConfig, Rejection, SourceConfig, source_name
+from goldsmith.data.rows import Rejection
 from goldsmith.data.sources import SourceReader
 from goldsmith.data.truncation import Fitted, Losses
 from goldsmith.errors import CheckpointError, DataError

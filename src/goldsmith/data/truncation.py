@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from goldsmith.data.gold_turns import kept_turns, turn_indices
 from goldsmith.data.rows import Rejection
+from goldsmith.records import FileReport
 from goldsmith.types import Conversation, Message, TokenizedExample
 
 __all__ = [
@@ -98,6 +99,22 @@ class Losses:
             "gold_tokens_lost": self.gold_tokens_lost,
             "tokens_repeated": self.tokens_repeated,
         }
+
+    @classmethod
+    def of_files(cls, files: Iterable[FileReport]) -> Losses:
+        """The inverse, of all files together."""
+        total = cls()
+        for file in files:
+            total += cls(
+                rows_too_long=file.too_long,
+                rows_dropped=file.dropped,
+                rows_cut=file.cut,
+                rows_split=file.split,
+                tokens_lost=file.tokens_lost,
+                gold_tokens_lost=file.gold_tokens_lost,
+                tokens_repeated=file.tokens_repeated,
+            )
+        return total
 
     def __add__(self, other: Losses) -> Losses:
         return Losses(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(Losses)})

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.data.packing import plan_microbatches
 from goldsmith.errors import DataError, ModelError, NumericalError
 from goldsmith.inspection.plain import PlainStep, plain_step

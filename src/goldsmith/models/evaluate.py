@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.data.packing import pack
 from goldsmith.data.shared_context import pack_shared, plan_shared_microbatches, shareable_length, shared_segments
 from goldsmith.errors import NumericalError
@@ -25,7 +25,6 @@ __all__ = [
     "iterate_log_probs",
     "statistics_of",
     "sum_log_likelihood",
-    "windows",
 ]
 
 # Examples are sorted by length within a window, so that a pack holds like lengths. A window ends at either limit: so
@@ -237,21 +236,6 @@ def sum_log_likelihood(
         weighted_nll_by_source=tuple(nll_by_source),
         weight_sum_by_source=tuple(weight_by_source),
     )
-
-
-def windows(
-    lengths: npt.NDArray[np.int64], tokens_per_microbatch: int, *, num_packs: int, num_examples: int
-) -> Iterator[tuple[int, int]]:
-    """Begin and end of stretches within which examples may be sorted by length; each holds at least one example.
-
-    A stretch ends at so many examples or at so many packs' worth of tokens, and depends on the lengths alone.
-    """
-    start = 0
-    while start < len(lengths):
-        within = np.cumsum(lengths[start : start + num_examples])
-        end = start + max(1, int(np.searchsorted(within, num_packs * tokens_per_microbatch, side="right")))
-        yield start, end
-        start = end
 
 
 def _window_end(lengths: npt.NDArray[np.int64], start: int, tokens_per_microbatch: int) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.errors import MachineError
 
 __all__ = ["OutOfMemoryError", "is_out_of_memory", "release_memory"]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from goldsmith import distributed
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.data.packing import pack, plan_microbatches
 from goldsmith.data.shared_context import pack_shared, plan_shared_microbatches, shareable_length
 from goldsmith.errors import ConfigError

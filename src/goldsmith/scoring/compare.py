@@ -15,7 +15,7 @@ from goldsmith.errors import ConfigError, DataError
 from goldsmith.scoring.compare_text import render_comparison
 from goldsmith.scoring.display import data_frame, html_table
 from goldsmith.scoring.files import row_of
-from goldsmith.scoring.summary import position_bins
+from goldsmith.scoring.tally import position_bins
 from goldsmith.statistics import Interval, bootstrap_ratios, group_totals, paired_bootstrap, sign_test
 from goldsmith.types import TokenScore, TokenScores
 

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from goldsmith.data.dataset import Dataset
 from goldsmith.data.gold_turns import turn_indices
-from goldsmith.data.loader import Dataset
-from goldsmith.models.evaluate import GoldStatistics, statistics_of, windows
+from goldsmith.models.evaluate import GoldStatistics, statistics_of
 from goldsmith.models.likelihood import LikelihoodModel
+from goldsmith.records import DataReport
 from goldsmith.scoring.texts import TokenTexts, num_context_tokens
 from goldsmith.types import TokenizedExample, TokenScore, TokenScores
 
 __all__ = [
     "Asked",
+    "Examples",
     "GoldTokens",
     "ScoredExample",
     "gold_roles",
     "score_dataset",
     "score_windows",
     "turn_numbers",
+    "windows",
     "without_context",
 ]
 
@@ -74,16 +78,29 @@ class GoldTokens:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredExample:
-    """A row of a score file, and its gold tokens for the sums."""
+    """A row of a score file, and its gold tokens for the sums; `row` is the number of the data's row that it is of."""
 
     scores: TokenScores
     gold: GoldTokens
+    row: int
+
+
+class Examples(Protocol):
+    """What is scored: a `Dataset`, or an `ExampleSpool`, of which only a window is in memory."""
+
+    @property
+    def longest(self) -> int: ...
+
+    @property
+    def report(self) -> DataReport: ...
+
+    def numbered(self, first: int = 0) -> Iterator[tuple[int, TokenizedExample]]: ...
 
 
 def score_dataset(
     model: LikelihoodModel,
     tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
+    dataset: Examples,
     *,
     tokens_per_microbatch: int,
     with_tokens: bool = False,
@@ -106,7 +123,7 @@ def score_dataset(
 def score_windows(
     model: LikelihoodModel,
     texts: TokenTexts,
-    dataset: Dataset,
+    dataset: Examples,
     asked: Asked,
     *,
     tokens_per_microbatch: int,
@@ -122,7 +139,8 @@ def score_windows(
     examples are packed changes a number by rounding only.
 
     Args:
-        model, dataset, tokens_per_microbatch, device, note_halved: as in `models.evaluate.statistics_of`.
+        model, tokens_per_microbatch, device, note_halved: as in `models.evaluate.statistics_of`.
+        dataset: the gold; read from `first` on, once.
         texts: of the model's tokenizer.
         asked: what is told of each example.
         shares_contexts: the proof found that this model may carry a shared context once; done where it saves.
@@ -134,11 +152,8 @@ def score_windows(
     """
     if tokens_per_microbatch < 1:
         raise ValueError(f"tokens_per_microbatch must be at least 1, not {tokens_per_microbatch}")
-    if len(dataset) == 0:
-        return
     names = {file.path: file.name for file in dataset.report.files}
-    can_share = shares_contexts and model.shares_contexts(int(dataset.lengths.max()))
-    lengths = np.asarray(dataset.lengths, dtype=np.int64)
+    can_share = shares_contexts and model.shares_contexts(dataset.longest)
     # What fits: windows go on as they began, their packs are cut finer.
     budget = tokens_per_microbatch
 
@@ -148,32 +163,53 @@ def score_windows(
         if note_halved is not None:
             note_halved(smaller)
 
-    for start, end in windows(lengths, tokens_per_microbatch, num_packs=_WINDOW_PACKS, num_examples=_WINDOW_EXAMPLES):
-        if end <= first:
-            continue
-        start = max(start, first)
-        examples = dataset[start:end]
-        found = statistics_of(
+    def statistics(examples: list[TokenizedExample], *, top: int, detailed: bool, share: bool) -> list[GoldStatistics]:
+        return statistics_of(
             model,
-            dataset,
-            range(start, end),
+            Dataset(examples),
+            range(len(examples)),
             tokens_per_microbatch=budget,
-            top=asked.alternatives,
-            detailed=asked.tokens,
-            shares_contexts=can_share,
+            top=top,
+            detailed=detailed,
+            shares_contexts=share,
             device=device,
             note_halved=note,
         )
+
+    for window in windows(dataset.numbered(first), tokens_per_microbatch):
+        examples = [example for _, example in window]
+        found = statistics(examples, top=asked.alternatives, detailed=asked.tokens, share=can_share)
         alone: list[GoldStatistics] | None = None
         if asked.without_context:
-            bare = Dataset([without_context(example, asked.beginning) for example in examples])
-            alone = statistics_of(
-                model, bare, range(len(bare)), tokens_per_microbatch=budget, device=device, note_halved=note
-            )
+            bare = [without_context(example, asked.beginning) for example in examples]
+            alone = statistics(bare, top=0, detailed=False, share=False)
         yield [
-            _scored(example, statistics, texts, asked, names, None if alone is None else alone[place])
-            for place, (example, statistics) in enumerate(zip(examples, found, strict=True))
+            _scored(row, example, found[place], texts, asked, names, None if alone is None else alone[place])
+            for place, (row, example) in enumerate(window)
         ]
+
+
+def windows(
+    numbered: Iterable[tuple[int, TokenizedExample]], tokens_per_microbatch: int
+) -> Iterator[list[tuple[int, TokenizedExample]]]:
+    """Stretches within which examples may be sorted by length.
+
+    Each holds at least one, ends at so many examples or at so many packs' worth of tokens, and depends on nothing but the lengths
+    from its first example on.
+    """
+    window: list[tuple[int, TokenizedExample]] = []
+    num_tokens = 0
+    for row, example in numbered:
+        is_full = (
+            len(window) == _WINDOW_EXAMPLES or num_tokens + example.num_tokens > _WINDOW_PACKS * tokens_per_microbatch
+        )
+        if window and is_full:
+            yield window
+            window, num_tokens = [], 0
+        window.append((row, example))
+        num_tokens += example.num_tokens
+    if window:
+        yield window
 
 
 def without_context(example: TokenizedExample, beginning: tuple[int, ...]) -> TokenizedExample:
@@ -212,6 +248,7 @@ def gold_roles(example: TokenizedExample) -> dict[str, npt.NDArray[np.bool_]]:
 
 
 def _scored(
+    row: int,
     example: TokenizedExample,
     found: GoldStatistics,
     texts: TokenTexts,
@@ -237,7 +274,7 @@ def _scored(
     gold = GoldTokens(
         log_probs=found.log_probs, is_best=found.is_best, turns=turn_numbers(example), roles=gold_roles(example)
     )
-    return ScoredExample(scores=scores, gold=gold)
+    return ScoredExample(scores=scores, gold=gold, row=row)
 
 
 def _tokens(example: TokenizedExample, found: GoldStatistics, texts: TokenTexts) -> tuple[TokenScore, ...]:

@@ -19,7 +19,7 @@ from typing import IO, Any
 from goldsmith.errors import MachineError
 from goldsmith.scoring.files import score_from_json, score_to_json
 from goldsmith.scoring.parquet import write_parquet_rows
-from goldsmith.scoring.summary import Parts, parts_from_json, parts_to_json
+from goldsmith.scoring.tally import Parts, parts_from_json, parts_to_json
 from goldsmith.types import TokenScores
 
 __all__ = ["ScoreWriter"]

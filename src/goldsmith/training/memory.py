@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.quantized import num_weights, packed_bytes, packed_parts
 from goldsmith.objective.linear_cross_entropy import default_chunk_size

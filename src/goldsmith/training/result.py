@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.data.packing import pack
 from goldsmith.errors import ModelError
 from goldsmith.models.adapters import Adapter

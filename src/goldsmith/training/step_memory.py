@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from goldsmith import distributed
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.models.checkpointing import checkpoint_layers, keep_activations
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.out_of_memory import OutOfMemoryError

@@ -23,8 +23,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from goldsmith import distributed
+from goldsmith.data.dataset import Dataset
 from goldsmith.data.families import family_levels
-from goldsmith.data.loader import Dataset
 from goldsmith.data.order import StepOrder
 from goldsmith.data.stream import ExampleStream
 from goldsmith.errors import NumericalError, StoppedBySignal

@@ -18,7 +18,7 @@ from typing import Self
 import torch
 
 from goldsmith import distributed
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.errors import ConfigError
 from goldsmith.training.memory import largest_microbatch
 from goldsmith.training.metrics import grouped_ratios, root_of_sum, squared_norm, weight_and_update

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from goldsmith.data.rows import Columns
+from goldsmith.data.config import Columns
 from goldsmith.errors import ConfigError
 from goldsmith.models.precision import DtypeName
 from goldsmith.scoring.compare import Comparison
@@ -106,6 +106,8 @@ def compare_models(
                 output=output,
                 limit=limit,
                 on_bad_row=on_bad_row,
+                # What one model's run cut the other's would not have: then they would be compared on other gold.
+                on_too_long="reject",
                 device=device,
                 dtype=dtype,
                 tokens_per_microbatch=tokens_per_microbatch,

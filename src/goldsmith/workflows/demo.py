@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from rich.text import Text
 
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.errors import DataError, MachineError
 from goldsmith.generation.generate import GenerationConfig
 from goldsmith.generation.generate import generate as decode

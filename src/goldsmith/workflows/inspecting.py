@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from goldsmith.data.loader import Dataset, watch_rows
+from goldsmith.data.dataset import Dataset
+from goldsmith.data.loader import watch_rows
 from goldsmith.data.rendering import Renderer
 from goldsmith.data.rows import Rejection, source_files
 from goldsmith.data.truncation import Losses

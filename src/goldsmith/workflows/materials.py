@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from goldsmith.data.cache import MIN_SOURCE_BYTES, RowCache, default_cache_folder, load_cached_dataset
 from goldsmith.data.control_tokens import add_control_tokens
-from goldsmith.data.loader import Dataset, load_dataset, read_texts
+from goldsmith.data.dataset import Dataset
+from goldsmith.data.loader import load_dataset, read_texts
 from goldsmith.data.rendering import Renderer
 from goldsmith.data.stream import ExampleStream
 from goldsmith.data.tokenizer import add_words, load_tokenizer, train_tokenizer

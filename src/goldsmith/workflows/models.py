@@ -12,10 +12,13 @@ import torch
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from goldsmith.data.loader import Dataset, load_dataset
+from goldsmith.data.config import HUB_PREFIX, Columns, DataConfig, SourceConfig
+from goldsmith.data.dataset import Dataset
+from goldsmith.data.loader import load_dataset, spool_dataset
 from goldsmith.data.rendering import Renderer, RenderingConfig
-from goldsmith.data.rows import HUB_PREFIX, Columns, DataConfig, SourceConfig
+from goldsmith.data.spool import ExampleSpool
 from goldsmith.data.tokenizer import load_tokenizer
+from goldsmith.data.truncation import LengthPolicy
 from goldsmith.errors import ConfigError, MachineError, ModelError
 from goldsmith.generation.generate import Generation, GenerationConfig, decode_text
 from goldsmith.generation.generate import generate as decode
@@ -45,6 +48,8 @@ class OpenModel:
     Attributes:
         model: in float32 (or float64), packed attention; half precision where it was asked for by name.
         columns: of the run's recipe, where the model is a run's.
+        end_token_after_cut, on_too_long, parts_share_weight: what becomes of a row that is longer than the renderer's limit; see
+            `LengthLimit`.
         shares_contexts: the proof found that packs may carry a shared context once.
     """
 
@@ -54,6 +59,9 @@ class OpenModel:
     renderer: Renderer
     columns: Columns | None
     shares_contexts: bool = False
+    on_too_long: LengthPolicy = "reject"
+    end_token_after_cut: bool = False
+    parts_share_weight: bool = False
 
     def dataset(
         self,
@@ -64,6 +72,34 @@ class OpenModel:
         limit: int | None = None,
     ) -> Dataset:
         """The gold of a file, a glob, or of rows in memory."""
+        return load_dataset(**self._source(data, columns=columns, on_bad_row=on_bad_row, limit=limit))
+
+    def spool(
+        self,
+        data: str | Rows,
+        *,
+        columns: Columns | None,
+        on_bad_row: Literal["stop", "skip"],
+        limit: int | None = None,
+        folder: Path | None = None,
+    ) -> ExampleSpool:
+        """The same on the disk, in `folder`; to be closed."""
+        found = self._source(data, columns=columns, on_bad_row=on_bad_row, limit=limit)
+        return spool_dataset(**found, folder=folder)
+
+    def _source(
+        self,
+        data: str | Rows,
+        *,
+        columns: Columns | None,
+        on_bad_row: Literal["stop", "skip"],
+        limit: int | None,
+    ) -> dict[str, Any]:
+        """What `load_dataset` is given.
+
+        Raises:
+            ConfigError: a data set of the hub, or columns that are none.
+        """
         if isinstance(data, str) and data.startswith(HUB_PREFIX):
             raise ConfigError(
                 f"{data}: a data set of the hub is read by a recipe only, which names its split",
@@ -71,7 +107,13 @@ class OpenModel:
             )
         try:
             source = SourceConfig(path=data if isinstance(data, str) else "rows", limit=limit)
-            config = DataConfig(train=[source], columns=columns or self.columns, on_bad_row=on_bad_row)
+            config = DataConfig(
+                train=[source],
+                columns=columns or self.columns,
+                on_bad_row=on_bad_row,
+                on_too_long=self.on_too_long,
+                end_token_after_cut=self.end_token_after_cut,
+            )
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = {"columns": "--columns", "path": "DATA"}.get(str(first["loc"][0]), str(first["loc"][0]))
@@ -79,13 +121,14 @@ class OpenModel:
                 f"{where}: {first['msg'].removeprefix('Value error, ')}, but {first['input']!r} was given",
                 remedy="name a file of gold and, with --columns, which of its columns is which field",
             ) from error
-        return load_dataset(
-            config.train if isinstance(data, str) else data,
-            config=config,
-            renderer=self.renderer,
-            base_folder=Path.cwd(),
-            split="rows",
-        )
+        return {
+            "sources": config.train if isinstance(data, str) else data,
+            "config": config,
+            "renderer": self.renderer,
+            "base_folder": Path.cwd(),
+            "split": "rows",
+            "parts_share_weight": self.parts_share_weight,
+        }
 
 
 def open_model(
@@ -95,22 +138,32 @@ def open_model(
     dtype: DtypeName = "auto",
     revision: str | None = None,
     max_length: int | None = None,
+    on_too_long: LengthPolicy | None = "reject",
 ) -> OpenModel:
     """Load a model or adapter folder, a hub id, a run's result or a checkpoint; refuse what packed attention does not compute.
 
     Rows are rendered as the run's recipe says where it is a run or a checkpoint of one, plainly otherwise.
+
+    Args:
+        max_length: tokens of an example at most. None: where rows are not rejected for their length, that of the run's recipe; else
+            the model's own limit, so that `reject` refuses nothing that the model can take.
+        on_too_long: what becomes of a longer row; None: as the run's recipe says, `reject` where there is no run.
 
     Raises:
         ModelError: not found, damaged, or refused by the proof.
         MachineError: a run folder without a result yet.
     """
     folder, rendering, columns = path, RenderingConfig(), None
+    length = DataConfig()
+    parts_share_weight = False
     is_checkpoint = (Path(path) / "state.json").is_file()
     run = Path(path).resolve().parent.parent if is_checkpoint else Path(path)
     if (run / RECIPE).is_file():
         recipe = load_recipe(run / RECIPE, of_run=True)
         rendering = recipe.rendering
         columns = recipe.data.columns or (recipe.data.train[0].columns if recipe.data.train else None)
+        length = recipe.data
+        parts_share_weight = recipe.objective.normalization == "example"
         folder = str(run / "model")
     if is_checkpoint:
         tokenizer = load_tokenizer(str(run / TOKENIZER))
@@ -137,14 +190,19 @@ def open_model(
         rendering = rendering.model_copy(update={"chat_template": None, "control_tokens": ()})
     silence_randomness(causal_lm)
     proof = prove(causal_lm.config, name=path)
-    limit = max_length or getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
+    policy = on_too_long or length.on_too_long
+    limit = max_length or (length.max_length if policy != "reject" else None)
+    limit = limit or getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
     return OpenModel(
         name=path,
         model=LikelihoodModel(causal_lm, compute_dtype=_scoring_dtype(dtype)).eval(),
         tokenizer=tokenizer,
-        renderer=Renderer(tokenizer, rendering, limit),
+        renderer=Renderer(tokenizer, rendering, limit, keeps_long_rows=policy != "reject"),
         columns=columns,
         shares_contexts=proof.shares_contexts,
+        on_too_long=policy,
+        end_token_after_cut=length.end_token_after_cut,
+        parts_share_weight=parts_share_weight,
     )
 
 

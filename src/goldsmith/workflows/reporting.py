@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from goldsmith import distributed
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.errors import ConfigError, DataError, MachineError
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.step import autocast

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from goldsmith import distributed
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.data.rendering import Renderer
 from goldsmith.data.stream import ExampleStream
 from goldsmith.errors import ConfigError, NumericalError

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 import goldsmith
 from goldsmith import distributed
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.data.stream import ExampleStream
 from goldsmith.data.tokenizer import load_tokenizer
 from goldsmith.errors import MachineError

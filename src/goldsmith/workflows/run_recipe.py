@@ -12,7 +12,7 @@ import torch
 
 from goldsmith import distributed
 from goldsmith.data.hub import hub_revision
-from goldsmith.data.rows import SourceConfig
+from goldsmith.data.config import SourceConfig
 from goldsmith.errors import ConfigError, MachineError
 from goldsmith.recipe import Recipe, load_recipe
 from goldsmith.report.run_files import RECIPE

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.data.tokenizer import load_tokenizer
 from goldsmith.models.adapters import Adapter
 from goldsmith.models.likelihood import LikelihoodModel

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.data.spelt_controls import spelt_controls
 from goldsmith.data.stream import ExampleStream
 from goldsmith.recipe import Recipe

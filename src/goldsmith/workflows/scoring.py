@@ -16,18 +16,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import goldsmith
-from goldsmith.data.loader import Dataset
-from goldsmith.data.rows import Columns
+from goldsmith.data.config import Columns
+from goldsmith.data.spool import ExampleSpool
 from goldsmith.data.tokenizer import beginning_ids
+from goldsmith.data.truncation import LengthPolicy, Losses
 from goldsmith.errors import ConfigError
 from goldsmith.models.precision import DtypeName
 from goldsmith.models.step import autocast
 from goldsmith.scoring.score import Asked, score_windows
-from goldsmith.scoring.summary import Parts, ScoreSummary, ScoreTally, parts_of
+from goldsmith.scoring.summary import ScoreSummary
+from goldsmith.scoring.tally import ScoreTally, parts_of
 from goldsmith.scoring.texts import TokenTexts
 from goldsmith.scoring.writing import ScoreWriter
 from goldsmith.storage import require_no_input
-from goldsmith.types import TokenScores
 from goldsmith.workflows.materials import Rows
 from goldsmith.workflows.models import OpenModel, files_of_model, open_model
 
@@ -49,6 +50,7 @@ def score(
     limit: int | None = None,
     on_bad_row: Literal["stop", "skip"] = "stop",
     max_length: int | None = None,
+    on_too_long: LengthPolicy | None = None,
     device: str = "auto",
     dtype: DtypeName = "auto",
     revision: str | None = None,
@@ -67,6 +69,9 @@ def score(
         output: the score file, JSON Lines or (by its suffix) Parquet; none is written by default. An interrupted run leaves
             `OUTPUT.partial`, and the same call goes on from there.
         limit: score the first rows only.
+        max_length, on_too_long: what is too long, and what becomes of it: `reject`, `drop`, `left`, `right` or `split`, as in
+            training. By default what the run did, where the model is one of a run that does not reject; else rows that the model
+            cannot take are rejected.
         tokens_per_microbatch: tokens that go through the model at a time; changes a number by rounding only.
         quiet: no progress on standard error.
 
@@ -79,25 +84,28 @@ def score(
         raise ConfigError(f"output: {str(output)!r} is a folder", remedy="give the name of a file")
     if output is not None:
         require_no_input(output, files_of_model(model), writes="the scores")
-    opened = open_model(model, device=device, dtype=dtype, revision=revision, max_length=max_length)
-    dataset = opened.dataset(data, columns=columns, on_bad_row=on_bad_row, limit=limit)
-    if output is not None and isinstance(data, str):
-        require_no_input(output, [("the gold", file.path) for file in dataset.report.files], writes="the scores")
-    return score_opened(
-        opened,
-        dataset,
-        with_tokens=with_tokens,
-        alternatives=alternatives,
-        without_context=without_context,
-        output=output,
-        tokens_per_microbatch=tokens_per_microbatch,
-        quiet=quiet,
+    opened = open_model(
+        model, device=device, dtype=dtype, revision=revision, max_length=max_length, on_too_long=on_too_long
     )
+    beside = None if output is None or not Path(output).absolute().parent.is_dir() else Path(output).absolute().parent
+    with opened.spool(data, columns=columns, on_bad_row=on_bad_row, limit=limit, folder=beside) as spool:
+        if output is not None and isinstance(data, str):
+            require_no_input(output, [("the gold", file.path) for file in spool.report.files], writes="the scores")
+        return score_opened(
+            opened,
+            spool,
+            with_tokens=with_tokens,
+            alternatives=alternatives,
+            without_context=without_context,
+            output=output,
+            tokens_per_microbatch=tokens_per_microbatch,
+            quiet=quiet,
+        )
 
 
 def score_opened(
     opened: OpenModel,
-    dataset: Dataset,
+    spool: ExampleSpool,
     *,
     with_tokens: bool = False,
     alternatives: int = 0,
@@ -106,7 +114,7 @@ def score_opened(
     tokens_per_microbatch: int | None = None,
     quiet: bool = True,
 ) -> ScoreSummary:
-    """The same for a model that is open and rows that are read; arguments as in `score`."""
+    """The same for a model that is open and rows that are read and lie on the disk; arguments as in `score`."""
     asked = Asked(
         tokens=with_tokens or alternatives > 0,
         alternatives=alternatives,
@@ -114,13 +122,13 @@ def score_opened(
         beginning=_beginning(opened) if without_context else (),
     )
     budget = tokens_per_microbatch or default_budget(opened.model.device)
-    tally = ScoreTally()
+    tally = ScoreTally(spool.num_rows)
     with ExitStack() as stack:
         writer = None
         if output is not None:
             run = {
                 "model": _digest(opened.model),
-                "data": dataset.fingerprint(),
+                "data": spool.fingerprint(),
                 "tokens": asked.tokens,
                 "alternatives": asked.alternatives,
                 "without_context": list(asked.beginning),
@@ -134,34 +142,35 @@ def score_opened(
                 "goldsmith": goldsmith.__version__,
             }
             writer = stack.enter_context(ScoreWriter(output, run, how=how))
-            for scores, parts in writer.done():
-                tally.add(scores, parts)
+            # The rows are those of the former run: the fingerprint says so.
+            for (scores, parts), (row, _) in zip(writer.done(), spool.numbered(), strict=False):
+                tally.add(scores, parts, row=row)
             if writer.num_done and not quiet:
-                _say(f"going on after {writer.num_done:,} of {len(dataset):,} examples, from {writer.partial}")
+                _say(f"going on after {writer.num_done:,} of {len(spool):,} examples, from {writer.partial}")
             if writer.changed and not quiet:
                 _say(f"{', '.join(writer.changed)} changed since: the rest will be equal to rounding, not to the bit")
         stack.enter_context(autocast(opened.model))
-        show = stack.enter_context(_Progress(len(dataset), quiet=quiet))
+        show = stack.enter_context(_Progress(len(spool), quiet=quiet))
         done = 0 if writer is None else writer.num_done
         for window in score_windows(
             opened.model,
             TokenTexts(opened.tokenizer),
-            dataset,
+            spool,
             asked,
             tokens_per_microbatch=budget,
             shares_contexts=opened.shares_contexts,
             first=done,
         ):
-            rows: list[tuple[TokenScores, Parts]] = [(one.scores, parts_of(one.scores, one.gold)) for one in window]
+            parts_of_window = [parts_of(one.scores, one.gold) for one in window]
             if writer is not None:
-                writer.write_window(rows)
-            for scores, parts in rows:
-                tally.add(scores, parts)
-            done += len(rows)
+                writer.write_window([(one.scores, parts) for one, parts in zip(window, parts_of_window, strict=True)])
+            for one, parts in zip(window, parts_of_window, strict=True):
+                tally.add(one.scores, parts, row=one.row)
+            done += len(window)
             show(done)
         if writer is not None:
             writer.finish()
-    summary = tally.summary()
+    summary = replace(tally.summary(), losses=Losses.of_files(spool.report.files))
     return summary if output is None else replace(summary, output=str(output))
 
 

@@ -21,9 +21,10 @@ from transformers import PreTrainedTokenizerFast
 
 from goldsmith.data import cache as cache_module
 from goldsmith.data.cache import RowCache, default_cache_folder, load_cached_dataset, tokenizer_fingerprint
-from goldsmith.data.loader import Dataset, load_dataset
+from goldsmith.data.config import DataConfig
+from goldsmith.data.dataset import Dataset
+from goldsmith.data.loader import load_dataset
 from goldsmith.data.rendering import Renderer, RenderingConfig
-from goldsmith.data.rows import DataConfig
 from goldsmith.errors import DataError
 from goldsmith.storage import sha256_file
 

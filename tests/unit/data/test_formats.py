@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from goldsmith.data.config import FormatName
 from goldsmith.data.formats import RowConverter, detect_format
-from goldsmith.data.rows import FormatName, Rejection, Row
+from goldsmith.data.rows import Rejection, Row
 from goldsmith.errors import DataError
 from goldsmith.types import Conversation, Message, TokenizedExample
 

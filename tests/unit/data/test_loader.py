@@ -19,11 +19,13 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from goldsmith.data import loader as loader_module
+from goldsmith.data.config import DataConfig, SourceConfig
+from goldsmith.data.dataset import Dataset
 from goldsmith.data.hub import hub_revision, hub_rows
-from goldsmith.data.loader import Dataset, load_dataset, read_texts
+from goldsmith.data.loader import load_dataset, read_texts
 from goldsmith.data.packing import epoch_order, pack
 from goldsmith.data.rendering import Renderer, RenderingConfig
-from goldsmith.data.rows import DataConfig, Row, SourceConfig
+from goldsmith.data.rows import Row
 from goldsmith.data.tokenizer import load_tokenizer
 from goldsmith.errors import ConfigError, DataError
 from goldsmith.records import DataReport

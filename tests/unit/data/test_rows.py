@@ -17,17 +17,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from goldsmith.data import rows as rows_module
-from goldsmith.data.rows import (
-    DataConfig,
-    Rejection,
-    Row,
-    SourceConfig,
-    read_file,
-    rows_in_memory,
-    shorten,
-    source_files,
-    source_name,
-)
+from goldsmith.data.config import DataConfig, SourceConfig, source_name
+from goldsmith.data.rows import Rejection, Row, read_file, rows_in_memory, shorten, source_files
 from goldsmith.errors import ConfigError, DataError
 
 

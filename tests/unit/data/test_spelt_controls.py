@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from goldsmith.data.rows import DataConfig, SourceConfig
+from goldsmith.data.config import DataConfig, SourceConfig
 from goldsmith.data.spelt_controls import spelt_controls
 
 MARKED: dict[str, Any] = {"prompt": "<s>user: hello</s>", "completion": "hi</s>"}

@@ -14,9 +14,9 @@ from data_examples import REASONING, learnt
 from pydantic import ValidationError
 
 from goldsmith.data import stream as stream_module
+from goldsmith.data.config import DataConfig
 from goldsmith.data.loader import load_dataset
 from goldsmith.data.rendering import Renderer, RenderingConfig
-from goldsmith.data.rows import DataConfig
 from goldsmith.data.stream import ExampleStream
 from goldsmith.errors import CheckpointError, ConfigError, DataError
 

@@ -13,9 +13,11 @@ from data_examples import CHATML, LLAMA3, REASONING, learnt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from goldsmith.data.loader import Dataset, load_dataset
+from goldsmith.data.config import DataConfig
+from goldsmith.data.dataset import Dataset
+from goldsmith.data.loader import load_dataset
 from goldsmith.data.rendering import Renderer, RenderingConfig
-from goldsmith.data.rows import DataConfig, Rejection
+from goldsmith.data.rows import Rejection
 from goldsmith.data.stream import ExampleStream
 from goldsmith.data.truncation import (
     LengthLimit,

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from goldsmith.data import loader
+from goldsmith.data import example_ids
+from goldsmith.data.config import DataConfig
 from goldsmith.data.loader import load_dataset, watch_rows
 from goldsmith.data.rendering import Renderer, RenderingConfig
-from goldsmith.data.rows import DataConfig
 from goldsmith.data.tokenizer import TrainedTokenizerConfig, train_tokenizer
 from goldsmith.inspection.findings import BITS, KINDS, Finding
 from goldsmith.inspection.survey import Sample, SplitSurvey, Survey, compare_with_eval
@@ -242,7 +242,7 @@ def test_the_sample_is_of_an_epoch(tmp_path: Path) -> None:
 def test_memory_of_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most 64 bytes beyond a fixed base: what the table and the ids take, and what else grows."""
     # The newest ids are a set until they fill a block: both measurements are taken just after one was filled.
-    monkeypatch.setattr(loader, "_IDS_A_BLOCK", 1024)
+    monkeypatch.setattr(example_ids, "_IDS_A_BLOCK", 1024)
     first, num_rows = 4 * 1024 + 10, 10 * 1024 + 11
     file = tmp_path / "train.jsonl"
     file.write_text("".join(f'{{"prompt": "{n}", "completion": "{n}"}}\n' for n in range(num_rows)))
@@ -276,9 +276,9 @@ def test_memory_of_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_ids_are_found_again_in_merged_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "_IDS_A_BLOCK", 4)
-    monkeypatch.setattr(loader, "_MAX_IDS_A_BLOCK", 16)
-    ids = loader._HashedIds()
+    monkeypatch.setattr(example_ids, "_IDS_A_BLOCK", 4)
+    monkeypatch.setattr(example_ids, "_MAX_IDS_A_BLOCK", 16)
+    ids = example_ids.HashedIds()
     for number in range(150):
         assert ids.place(f"row {number}") is None
         ids.add(f"row {number}", "")

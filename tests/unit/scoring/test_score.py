@@ -14,12 +14,13 @@ from lift import lifted
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.errors import DataError, NumericalError
-from goldsmith.models.evaluate import iterate_log_probs, sum_log_likelihood, windows
+from goldsmith.models.evaluate import iterate_log_probs, sum_log_likelihood
 from goldsmith.models.likelihood import LikelihoodModel
-from goldsmith.scoring.score import Asked, ScoredExample, score_dataset, score_windows, turn_numbers
-from goldsmith.scoring.summary import ScoreSummary, ScoreTally, parts_of, summarize
+from goldsmith.scoring.score import Asked, ScoredExample, score_dataset, score_windows, turn_numbers, windows
+from goldsmith.scoring.summary import ScoreSummary
+from goldsmith.scoring.tally import ScoreTally, parts_of, summarize
 from goldsmith.scoring.texts import TokenTexts, gold_token_texts
 from goldsmith.types import GoldTurn, TokenizedExample, TokenScores
 
@@ -239,7 +240,7 @@ def test_summary_draws_the_turns_of_a_row_together() -> None:
 
 def test_nothing_scored_is_an_error_and_not_zero() -> None:
     with pytest.raises(DataError, match="nothing was scored"):
-        ScoreTally().summary()
+        ScoreTally(1).summary()
     with pytest.raises(DataError, match="how many gold tokens"):
         summarize([score("a", -1.0, 0)])
 
@@ -261,9 +262,9 @@ def all_scored(
 
 
 def summary_of(scored: list[ScoredExample]) -> ScoreSummary:
-    tally = ScoreTally()
+    tally = ScoreTally(len(scored))
     for one in scored:
-        tally.add(one.scores, parts_of(one.scores, one.gold))
+        tally.add(one.scores, parts_of(one.scores, one.gold), row=one.row)
     return tally.summary(num_resamples=50)
 
 
@@ -348,9 +349,13 @@ def test_going_on_after_a_window_gives_the_rest_to_the_bit(monkeypatch: pytest.M
     ]
 
 
-def test_windows_end_by_examples_or_by_tokens_and_hold_one_at_least() -> None:
-    lengths = np.array([5, 5, 50, 1, 1, 1, 1])
-    assert list(windows(lengths, 6, num_packs=2, num_examples=3)) == [(0, 2), (2, 3), (3, 6), (6, 7)]
+def test_windows_end_by_examples_or_by_tokens_and_hold_one_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("goldsmith.scoring.score._WINDOW_EXAMPLES", 3)
+    monkeypatch.setattr("goldsmith.scoring.score._WINDOW_PACKS", 2)
+    examples = [(row, as_example([0] * length, 1)) for row, length in enumerate([5, 5, 50, 2, 2, 2, 2])]
+    found = [[row for row, _ in window] for window in windows(examples, 6)]
+    assert found == [[0, 1], [2], [3, 4, 5], [6]]
+    assert [[row for row, _ in window] for window in windows(examples[3:], 6)] == found[2:]
 
 
 # --- the figures

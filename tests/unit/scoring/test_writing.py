@@ -8,7 +8,7 @@ import pytest
 
 from goldsmith.errors import MachineError
 from goldsmith.scoring.files import read_scores
-from goldsmith.scoring.summary import Parts, ScoreTally, parts_of
+from goldsmith.scoring.tally import Parts, ScoreTally, parts_of
 from goldsmith.scoring.writing import ScoreWriter
 from goldsmith.types import TokenScore, TokenScores
 
@@ -65,9 +65,9 @@ def test_an_interrupted_file_ends_with_the_same_bytes(tmp_path: Path, suffix: st
         assert writer.num_done == (2 if cut else 3)
         done = list(writer.done())
         assert done == [example for one in WINDOWS for example in one][: writer.num_done]
-        tally = ScoreTally()
-        for scores, parts in done:
-            tally.add(scores, parts)
+        tally = ScoreTally(len(done))
+        for row, (scores, parts) in enumerate(done):
+            tally.add(scores, parts, row=row)
         for one in WINDOWS[1 if cut else 2 :]:
             writer.write_window(one)
         writer.finish()

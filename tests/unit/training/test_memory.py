@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from small_trainer import build_model, build_trainer, make_examples
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.models import decoder_layers
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.storage import format_bytes

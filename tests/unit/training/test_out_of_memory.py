@@ -14,7 +14,7 @@ import torch
 from small_trainer import build_trainer, gradients, make_examples, weights
 from transformers import AutoTokenizer
 
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.errors import MachineError
 from goldsmith.models.evaluate import iterate_log_probs, sum_log_likelihood
 from goldsmith.models.likelihood import LikelihoodModel

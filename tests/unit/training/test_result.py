@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from small_trainer import make_examples
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.errors import ModelError
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.load import load_causal_lm

@@ -12,7 +12,7 @@ import pytest
 import torch
 from small_trainer import build_model, build_trainer, make_examples, weights
 
-from goldsmith.data.loader import Dataset
+from goldsmith.data.dataset import Dataset
 from goldsmith.errors import CheckpointError, NumericalError, StoppedBySignal
 from goldsmith.models.evaluate import iterate_log_probs
 from goldsmith.models.step import microbatches

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Final
 
+from goldsmith.data.config import FIELDS, FormatName
 from goldsmith.data.formats.checks import (
     BadRowError,
     checked_id,
@@ -15,7 +16,7 @@ from goldsmith.data.formats.checks import (
 from goldsmith.data.formats.detection import column_names
 from goldsmith.data.formats.messages import MessageReader, read_tools
 from goldsmith.data.formats.tokens import read_tokens
-from goldsmith.data.rows import FIELDS, FormatName, Rejection, Row, shorten
+from goldsmith.data.rows import Rejection, Row, shorten
 from goldsmith.types import Conversation, Message, TokenizedExample
 
 __all__ = ["RowConverter"]

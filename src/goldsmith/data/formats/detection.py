@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from goldsmith.data.rows import FormatName, Row, shorten
+from goldsmith.data.config import FormatName
+from goldsmith.data.rows import Row, shorten
 from goldsmith.errors import DataError
 
 __all__ = ["SAMPLE_ROWS", "column_names", "detect_format"]
