@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from goldsmith.data.control_tokens import ControlTokens
 from goldsmith.data.config import DataConfig, SourceConfig, source_name
+from goldsmith.data.control_tokens import ControlTokens
 from goldsmith.data.rows import Row
 from goldsmith.data.sources import SourceReader, memory_part
 from goldsmith.types import Conversation

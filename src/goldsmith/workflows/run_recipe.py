@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from goldsmith import distributed
-from goldsmith.data.hub import hub_revision
 from goldsmith.data.config import SourceConfig
+from goldsmith.data.hub import hub_revision
 from goldsmith.errors import ConfigError, MachineError
 from goldsmith.recipe import Recipe, load_recipe
 from goldsmith.report.run_files import RECIPE

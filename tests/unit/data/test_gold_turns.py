@@ -14,10 +14,10 @@ from data_examples import CHATML, MERE_TEXT, REASONING, chat, learnt, plain
 from transformers import PreTrainedTokenizerFast
 
 from goldsmith.data.cache import RowCache, load_cached_dataset
+from goldsmith.data.config import DataConfig
 from goldsmith.data.dataset import Dataset
 from goldsmith.data.loader import load_dataset
 from goldsmith.data.rendering import Renderer, RenderingConfig
-from goldsmith.data.config import DataConfig
 from goldsmith.data.rows import Rejection
 from goldsmith.data.truncation import cut_left, cut_right, split_gold
 from goldsmith.scoring.score import gold_roles, turn_numbers
