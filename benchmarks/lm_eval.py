@@ -38,7 +38,8 @@ from run import commit, say
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent.parent / "shared"
 ENVIRONMENT = HERE / ".venv-lm-eval"
-WORKLOADS = ("stories", "gsm8k-135m", "shared-prompt")
+# Name -> pairs, enough for seconds.
+WORKLOADS = {"stories": 480, "gsm8k-135m": 48, "shared-prompt": 32}
 TOLERANCE_NATS = 1e-4
 # Kinds of boundary: what ends the context, and what begins the continuation.
 BOUNDARIES = {
@@ -175,10 +176,10 @@ def run_workload(name: str, options: argparse.Namespace) -> Json:
     """Try the harness' batch sizes, measure in turn, compare."""
     with tempfile.TemporaryDirectory(prefix="goldsmith-lm-eval-") as work:
         folder = Path(work)
-        origin = prepare(name, folder, options.pairs)
+        origin = prepare(name, folder, options.pairs or WORKLOADS[name])
         pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
         say(f"{name}: {len(pairs)} pairs; {origin}")
-        trial = {"pairs": min(len(pairs), options.trial_pairs)}
+        trial = {"pairs": min(len(pairs), options.trial_pairs or max(12, len(pairs) // 4))}
         keywords: Json = {"timeout": options.timeout, "threads": options.threads}
         trials = [
             run_system("lm-eval", folder, {**trial, "batch_size": size}, **keywords) for size in options.batch_sizes
@@ -315,8 +316,10 @@ def _boundaries(result: Json) -> list[str]:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", default=",".join(WORKLOADS), help="some of them, with commas between")
-    parser.add_argument("--pairs", type=int, default=48)
-    parser.add_argument("--trial-pairs", type=int, default=16, help="by which the harness' batch sizes are compared")
+    parser.add_argument("--pairs", type=int, help="in place of each workload's own number")
+    parser.add_argument(
+        "--trial-pairs", type=int, help="by which the harness' batch sizes are compared; default: a quarter"
+    )
     parser.add_argument("--batch-sizes", default="1,2,4,8,16,auto")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="OpenMP threads of both")
