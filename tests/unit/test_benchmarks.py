@@ -310,7 +310,7 @@ def test_a_run_of_the_harness(
     monkeypatch.setattr(run, "measure_matmul", lambda *_, **__: {"flops_per_second": 1e9})
     monkeypatch.setattr(run.machine, "idle_check", lambda: None)
     assert run.main(["--workload", "gsm8k-135m", "--rounds", "2", "--output", str(tmp_path)]) == 0
-    trials = [("plain", rows, 2) for rows in (2, 8, 1)]
+    trials = [("plain", rows, 2) for rows in run.WORKLOADS["gsm8k-135m"].rows_per_microbatch]
     assert order == [*trials, *[("goldsmith", None, None), ("plain", 1, None)] * 2]
     assert sorted(file.suffix for file in tmp_path.iterdir()) == [".json", ".md"]
     page = next(tmp_path.glob("*.md")).read_text()
