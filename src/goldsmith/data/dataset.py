@@ -184,12 +184,14 @@ class Dataset(Sequence[TokenizedExample]):
             yield int(self.groups[index]), self[index]
 
     def last_turn(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """The ids before the last run of gold, and the run itself (its end token included).
+        """The ids before the last run of a turn's gold, and the run itself (its end token included).
 
         The first is what a server is given for that turn, unless a token straddles the boundary (`boundary: joint`).
         """
         example = self[index]
         first, end = gold_runs(example.target_weights)[-1]
+        if example.turns:  # what comes right before may be gold too, of another's
+            first = max(first, example.turns[-1].begin)
         return example.token_ids[:first], example.token_ids[first:end]
 
     def context_text(self, index: int, tokenizer: PreTrainedTokenizerBase) -> str:
