@@ -22,7 +22,7 @@ from goldsmith.data.rendering import Renderer
 from goldsmith.data.rows import Rejection, Row, shorten
 from goldsmith.data.sources import SourcePart, SourceReader, memory_part
 from goldsmith.data.spool import ExampleSpool
-from goldsmith.data.truncation import Losses
+from goldsmith.data.truncation import TOO_LONG, Losses
 from goldsmith.errors import ConfigError, DataError
 from goldsmith.records import DataReport, FileReport
 from goldsmith.types import Conversation, Message, TokenizedExample
@@ -540,17 +540,22 @@ class _FileInProgress:
 
 def _rejected_rows(report: DataReport, split: str) -> DataError:
     """Counts by reason, each with its first places."""
-    total = sum(report.rejected.values())
+    reasons = report.rejected
+    dropped = sum(file.dropped for file in report.files)
+    if report.used == 0 and dropped:  # as was asked for, but then nothing is left
+        reasons[TOO_LONG] = reasons.get(TOO_LONG, 0) + dropped
+    total = sum(reasons.values())
     place = "the data" if split == "rows" else f"data.{split}"
     lines = [f"{total} of {report.rows_in} rows of {place} cannot be used"]
-    for reason, count in sorted(report.rejected.items(), key=lambda item: -item[1]):
+    for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
         lines.append(f"  {reason}: {count} row{'s' if count > 1 else ''}")
-        lines.extend(f"    {place}" for place in report.rejections.get(reason, []))
-        if count > _SHOWN_REJECTIONS:
-            lines.append(f"    ... and {count - _SHOWN_REJECTIONS} more")
+        shown = report.rejections.get(reason, [])
+        lines.extend(f"    {place}" for place in shown)
+        if shown and count > len(shown):
+            lines.append(f"    ... and {count - len(shown)} more")
     if report.used == 0:
         if report.rows_in == 0:
             return DataError(f"{place} holds no row", remedy="give it rows")
-        return DataError("\n".join(lines) + "\n  No row is left.", remedy=remedy_of(report.rejected))
+        return DataError("\n".join(lines) + "\n  No row is left.", remedy=remedy_of(reasons))
     skipping = "`--skip-bad-rows`" if split == "rows" else "`data.on_bad_row: skip`"
     return DataError("\n".join(lines), remedy=f"mend these rows, or leave them out with {skipping}")

@@ -29,7 +29,7 @@ from goldsmith.data.rejections import remedy_of
 from goldsmith.data.rendering import Renderer
 from goldsmith.data.rows import Rejection
 from goldsmith.data.sources import SourceReader
-from goldsmith.data.truncation import Fitted, Losses
+from goldsmith.data.truncation import TOO_LONG, Fitted, Losses
 from goldsmith.errors import CheckpointError, DataError
 from goldsmith.records import DataReport, FileReport
 from goldsmith.types import Conversation, TokenizedExample
@@ -301,10 +301,12 @@ class _Window:
                 continue
             if fitted is None:
                 if self._used_in_pass == 0:
-                    reasons = ", ".join(f"{reason}: {count}" for reason, count in self._rejected.items())
+                    reasons = dict(self._rejected)
+                    if self._losses.rows_dropped:
+                        reasons[TOO_LONG] = reasons.get(TOO_LONG, 0) + self._losses.rows_dropped
+                    shown = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
                     raise DataError(
-                        f"{self._source.path}: no row of the stream can be used: {reasons}",
-                        remedy=remedy_of(self._rejected),
+                        f"{self._source.path}: no row of the stream can be used: {shown}", remedy=remedy_of(reasons)
                     )
                 self._used_in_pass = 0
                 self._next = (key[0] + 1, 0)

@@ -35,7 +35,7 @@ Write = Callable[..., Path]
 
 def load(tokenizer: Any, folder: Path, train: Any, *, max_length: int | None = None, **config: Any) -> Dataset:
     data = DataConfig.model_validate({"train": train, **config})
-    renderer = Renderer(tokenizer, RenderingConfig(), max_length)
+    renderer = Renderer(tokenizer, RenderingConfig(), max_length, keeps_long_rows="on_too_long" in config)
     return load_dataset(data.train, config=data, renderer=renderer, base_folder=folder, split="train")
 
 
@@ -151,6 +151,20 @@ def test_the_remedy_where_no_row_is_left_fits_the_reason(
         assert error.value.remedy is not None
         assert error.value.remedy.startswith(remedy)
         assert ("columns" in error.value.remedy) == ("columns" in remedy)
+
+
+@pytest.mark.parametrize("line", ["", '{"prompt": "p", "completion": ""}\n'])
+def test_rows_that_were_all_left_out_for_their_length_are_counted(
+    tmp_path: Path, bpe: PreTrainedTokenizerFast, line: str
+) -> None:
+    (tmp_path / "train.jsonl").write_text(f'{line}{{"prompt": "p", "completion": "a b c d"}}\n' * 2)
+    with pytest.raises(DataError, match="No row is left") as error:
+        load(bpe, tmp_path, "train.jsonl", on_bad_row="skip", on_too_long="drop", max_length=2)
+    total = 4 if line else 2
+    assert f"{total} of {total} rows of data.train cannot be used" in str(error.value)
+    assert "longer than max_length: 2 rows" in str(error.value)
+    assert error.value.remedy is not None
+    assert "raise max_length where the model can take more" in error.value.remedy
 
 
 def test_limits_repeats_and_weights(tmp_path: Path, write_rows: Write, bpe: PreTrainedTokenizerFast) -> None:

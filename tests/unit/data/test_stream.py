@@ -34,7 +34,8 @@ def open_stream(
     data = DataConfig.model_validate({"train": [{"streaming": True, **source} for source in sources], **config})
     template = folder / "t.jinja"
     template.write_text(REASONING)
-    renderer = Renderer(TOKENIZER, RenderingConfig(chat_template=str(template)), max_length)
+    rendering = RenderingConfig(chat_template=str(template))
+    renderer = Renderer(TOKENIZER, rendering, max_length, keeps_long_rows="on_too_long" in config)
     return ExampleStream(
         data.train, config=data, renderer=renderer, seed=seed, batch_size=batch_size, base_folder=folder
     )
@@ -189,6 +190,13 @@ def test_a_stream_without_a_row_to_use(tmp_path: Path, write_rows: Write) -> Non
     write_rows([{"prompt": "p", "completion": ""}] * 3, "a.jsonl")
     stream = open_stream(tmp_path, {"path": "a.jsonl", "window": 2}, on_bad_row="skip")
     with pytest.raises(DataError, match=r"a\.jsonl: no row of the stream can be used: empty completion: 3"):
+        stream.step(1)
+
+
+def test_a_stream_of_which_every_row_is_left_out_for_its_length(tmp_path: Path, write_rows: Write) -> None:
+    write_rows([{"prompt": "p", "completion": "many words"}] * 3, "a.jsonl")
+    stream = open_stream(tmp_path, {"path": "a.jsonl", "window": 2}, on_too_long="drop", max_length=4)
+    with pytest.raises(DataError, match=r"can be used: longer than max_length: 3\n.*raise max_length"):
         stream.step(1)
 
 
