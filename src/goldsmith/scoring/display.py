@@ -12,7 +12,11 @@ __all__ = ["data_frame", "html_table", "text_table"]
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows under a heading row: the first column and columns without a heading to the left, numbers to the right."""
+    """Rows under a heading row: the first column and columns without a heading to the left, numbers to the right.
+
+    Unprintable characters show as their codes.
+    """
+    rows = [[_printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -52,8 +56,11 @@ def data_frame(rows: Sequence[Mapping[str, object]]) -> Any:
 
 
 def _escaped(text: str) -> str:
+    return html.escape(_printable(text, but="\n"))
+
+
+def _printable(text: str, *, but: str = "") -> str:
     # Marks that turn the direction of writing, control characters and lone surrogates would reach beyond their cell.
-    printable = "".join(
-        character if character.isprintable() or character == "\n" else f"\\x{ord(character):02x}" for character in text
+    return "".join(
+        character if character.isprintable() or character in but else f"\\x{ord(character):02x}" for character in text
     )
-    return html.escape(printable)

@@ -473,3 +473,16 @@ def test_alternatives_of_a_tokenizer_that_drops_a_leading_space_keep_it() -> Non
     texts = TokenTexts(tokenizer)
     assert texts.of_token(tokenizer(" ").input_ids[0]) == " "
     assert texts.of_token(tokenizer("rk").input_ids[0]) == "rk"
+
+
+def test_a_name_out_of_the_data_does_nothing_to_a_terminal() -> None:
+    """Roles are what rows call them."""
+    tally = ScoreTally(2)
+    for row, role in enumerate(("\x1b[2J", "\ud800\u202e\n")):
+        score = TokenScores(example_id=role, source=f"f:{row}", log_prob=-1.0, num_target_tokens=1, num_bytes=1)
+        tally.add(score, {("role", role): (-1.0, 1, -1)}, row=row)
+    shown = str(tally.summary(num_resamples=10))
+    assert "by role of gold" in shown
+    assert all(character.isprintable() or character == "\n" for character in shown)
+    assert "\\x1b[2J" in shown
+    assert "\\xd800\\x202e\\x0a" in shown
