@@ -51,8 +51,10 @@ class ExampleSpool:
         Raises:
             MachineError: no file can be made there.
         """
-        self._folder = Path(tempfile.gettempdir()) if folder is None else folder
+        self._folder = folder
         try:
+            # Finding one for temporary files fails where none is left that can be written.
+            self._folder = Path(tempfile.gettempdir()) if folder is None else folder
             self._file = tempfile.TemporaryFile(dir=self._folder, prefix="goldsmith-")  # noqa: SIM115 - closed by `close`
         except OSError as error:
             raise self._refused(error) from error
@@ -185,8 +187,10 @@ class ExampleSpool:
         return data
 
     def _refused(self, error: OSError) -> MachineError:
+        rows = "the tokenised rows cannot be kept"
+        what = rows if self._folder is None else f"{self._folder}: {rows} there"
         return MachineError(
-            f"{self._folder}: the tokenised rows cannot be kept there while they are scored: {error.strerror}",
+            f"{what} while they are scored: {error.strerror}",
             remedy="free disk space, or name a folder that has more: --output, else TMPDIR",
         )
 

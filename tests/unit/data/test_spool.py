@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from goldsmith.data.loader import load_dataset, spool_dataset
 from goldsmith.data.rendering import Renderer, RenderingConfig
 from goldsmith.data.spool import ExampleSpool
 from goldsmith.errors import DataError, MachineError
+from goldsmith.types import GoldTurn
 
 
 def characters() -> PreTrainedTokenizerFast:
@@ -38,9 +41,11 @@ ROWS: list[dict[str, Any]] = [
 ROWS[7] = {"id": "long", "prompt": "long", "completion": "y" * 25}
 
 
-def read(rows: Any, *, on_disk: bool, folder: Path | None = None, **settings: Any) -> Any:
+def read(
+    rows: Any, *, on_disk: bool, folder: Path | None = None, train_on: tuple[str, ...] = ("assistant",), **settings: Any
+) -> Any:
     config = DataConfig.model_validate(settings)
-    renderer = Renderer(TOKENIZER, RenderingConfig(), 14, keeps_long_rows=True)
+    renderer = Renderer(TOKENIZER, RenderingConfig(train_on=train_on), 14, keeps_long_rows=True)
     if on_disk:
         return spool_dataset(rows, config=config, renderer=renderer, split="rows", folder=folder)
     return load_dataset(rows, config=config, renderer=renderer, split="rows")
@@ -53,10 +58,12 @@ def _small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("_small_blocks")
+@pytest.mark.parametrize("train_on", [("assistant",), ("user", "assistant")])
 @pytest.mark.parametrize("policy", ["split", "drop", "right"])
-def test_what_lies_on_the_disk_is_the_data_set(policy: str) -> None:
-    held: Dataset = read(ROWS, on_disk=False, on_too_long=policy)
-    with read((row for row in ROWS), on_disk=True, on_too_long=policy) as found:
+def test_what_lies_on_the_disk_is_the_data_set(policy: str, train_on: tuple[str, ...]) -> None:
+    held: Dataset = read(ROWS, on_disk=False, on_too_long=policy, train_on=train_on)
+    assert {turn.role for example in held for turn in example.turns} == set(train_on)
+    with read((row for row in ROWS), on_disk=True, on_too_long=policy, train_on=train_on) as found:
         assert isinstance(found, ExampleSpool)
         assert found.report.to_json() == held.report.to_json()
         assert (len(found), found.longest, found.num_rows) == (len(held), held.longest, len(set(held.groups.tolist())))
@@ -65,7 +72,7 @@ def test_what_lies_on_the_disk_is_the_data_set(policy: str) -> None:
             assert len(pairs) == len(held) - first
             for (row, example), (expected_row, expected) in pairs:
                 assert row == expected_row
-                for name in ("example_id", "source", "example_weight", "num_bytes"):
+                for name in ("example_id", "source", "example_weight", "num_bytes", "turns"):
                     assert getattr(example, name) == getattr(expected, name)
                 np.testing.assert_array_equal(example.token_ids, expected.token_ids)
                 np.testing.assert_array_equal(example.target_weights, expected.target_weights)
@@ -81,6 +88,14 @@ def test_the_fingerprint_is_of_the_rows_and_not_of_the_blocks(monkeypatch: pytes
     assert fingerprint(ROWS) == whole
     for change in ({"completion": "z"}, {"weight": 3.0}, {"id": "another"}):
         assert fingerprint([*ROWS[:-1], {**ROWS[-1], **change}]) != whole
+    # Whose words they are is in the sums, too.
+    own = []
+    for role in ("user", "tool"):
+        with ExampleSpool() as found:
+            turns = (GoldTurn(begin=1, number=1, role=role),)
+            found.add("r", "rows:0", [replace(read(ROWS[:1], on_disk=False)[0], turns=turns)])
+            own.append(found.fingerprint())
+    assert own[0] != own[1]
 
 
 @pytest.mark.usefixtures("_small_blocks")
@@ -116,6 +131,14 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.undo()
     with pytest.raises(MachineError, match="No such file"):
         ExampleSpool(tmp_path / "none")
+
+    # No folder for temporary files is left, not even the current one.
+    def found_none() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(spool.tempfile, "gettempdir", found_none)
+    with pytest.raises(MachineError, match=r"^the tokenised rows cannot be kept while they are scored: No usable"):
+        ExampleSpool()
 
 
 def test_memory_of_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
