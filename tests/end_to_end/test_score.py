@@ -247,6 +247,45 @@ def test_roles_are_told_apart_where_several_are_trained(tiny_model_folder: Path)
     assert "by role of gold" in printed.output
 
 
+@pytest.mark.parametrize("normalization", ["token", "example"])
+def test_several_roles_with_weights_and_parts_are_scored_as_the_run_evaluated_them(
+    here: Path, monkeypatch: pytest.MonkeyPatch, normalization: str
+) -> None:
+    """And where the scoring was interrupted the bytes and the figures are those of one that was not."""
+    settings = settings_of_a_run()
+    settings["data"] |= {"max_length": 9, "on_too_long": "split"}
+    settings["rendering"] = {"train_on": ["user", "assistant"], "first_tokens": 2, "first_tokens_weight": 3.0}
+    settings["objective"] = {"normalization": normalization}
+    result = goldsmith.train(Recipe.from_mapping(settings), quiet=True)
+    nll = result.to_pandas()[lambda frame: frame["kind"] == "evaluation"]["nll"].iloc[-1]
+    whole = goldsmith.score("runs/it", "gold.jsonl", dtype="float64", output="whole.jsonl")
+    assert whole.weighted_nll is not None
+    assert whole.weighted_nll.estimate == pytest.approx(nll, rel=1e-9)
+    assert whole.nll_per_token.estimate != pytest.approx(nll, rel=1e-6)
+    roles = {group.label: group for group in whole.groups if group.by == "role"}
+    assert set(roles) == {"user", "assistant"}
+    assert sum(group.num_target_tokens for group in roles.values()) == whole.num_target_tokens
+    assert sum(group.log_prob for group in roles.values()) == pytest.approx(whole.log_prob, rel=1e-12)
+    # Every answer and its end is the assistant's, in whichever part of its row it came to lie.
+    assert roles["assistant"].num_target_tokens == sum(len(str(row["completion"])) + 1 for row in ROWS)
+
+    original, windows = ScoreWriter.write_window, []
+
+    def dies(self: ScoreWriter, examples: Any) -> None:
+        if len(windows) == 2:
+            raise KeyboardInterrupt
+        windows.append(len(examples))
+        original(self, examples)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ScoreWriter, "write_window", dies)
+        with pytest.raises(KeyboardInterrupt):
+            goldsmith.score("runs/it", "gold.jsonl", dtype="float64", output="cut.jsonl")
+    resumed = goldsmith.score("runs/it", "gold.jsonl", dtype="float64", output="cut.jsonl")
+    assert Path("cut.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+    assert {**resumed.to_json(), "output": None} == {**whole.to_json(), "output": None}
+
+
 def test_models_are_compared_in_one_go(tiny_model_folder: Path, here: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
