@@ -247,10 +247,11 @@ def cut_right(
         return None
     kept = np.arange(gold[-1] + 1)
     if keep_end_token and max_length >= 3 and np.all(weights[max_length - 2 : max_length + 1] > 0):
-        # The turn goes on over the cut; its last token is the last before the next context.
+        # The turn goes on over the cut; its last token is the last before the next context, or before another's words.
         after = np.flatnonzero(weights[max_length:] == 0)
         last = max_length + int(after[0]) - 1 if after.size else example.num_tokens - 1
-        if _is_one_turn(example, max_length - 2, last) and int(ids[last]) in end_ids:
+        last = min(last, _turn_end(example, max_length - 2))
+        if last > max_length - 2 and int(ids[last]) in end_ids:
             kept = np.r_[0 : max_length - 1, last]
     cut_ids, cut_weights = ids[kept], weights[kept]
     words = [int(token) for token in cut_ids[cut_weights > 0] if int(token) not in end_ids]
@@ -386,12 +387,13 @@ def _fit_ids(
     return None if cut is None else [cut]
 
 
-def _is_one_turn(example: TokenizedExample, first: int, last: int) -> bool:
-    """Whether two gold tokens are of one message, as far as that is known."""
-    if not example.turns:
-        return True
-    one, other = turn_indices(example, np.array([first, last])).tolist()
-    return bool(one == other)
+def _turn_end(example: TokenizedExample, position: int) -> int:
+    """The last position before the words of the turn after that of a gold token, as far as that is known."""
+    if example.turns:
+        following = int(turn_indices(example, np.array([position]))[0]) + 1
+        if following < len(example.turns):
+            return example.turns[following].begin - 1
+    return example.num_tokens - 1
 
 
 def _rejection(row: Conversation | TokenizedExample, detail: str) -> Rejection:

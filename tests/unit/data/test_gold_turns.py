@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from chat_families import asked, says
-from data_examples import CHATML, MERE_TEXT, REASONING, chat, learnt, plain
+from data_examples import CHATML, LLAMA3, MERE_TEXT, REASONING, chat, learnt, plain
 from transformers import PreTrainedTokenizerFast
 
 from goldsmith.data.cache import RowCache, load_cached_dataset
@@ -156,6 +156,29 @@ def test_cut_on_the_right() -> None:
     assert cut(5) == [(1, "user", "abcd")]
     # The end of the assistant's turn does not end the user's.
     assert cut(4, keep_end_token=True) == [(1, "user", "abc")]
+
+
+def test_the_end_token_of_the_turn_that_was_cut_is_kept() -> None:
+    """Where another's gold follows with nothing between: the turn's own, and no token twice."""
+    row = chat(("user", "Hello"), ("assistant", "Yes"), ("user", "So"), ("assistant", "No."))
+    [example] = rendered(row, LLAMA3, train_on="all", turns="auto")
+    tokenizer = tokenizer_with(None)
+    end = {tokenizer.convert_tokens_to_ids("<|eot|>")}
+    before = said(example)
+    assert [text[-len("<|eot|>") :] for *_, text in before] == ["<|eot|>"] * 4
+    first = example.turns[1].begin
+    second = example.turns[2].begin
+    for length in range(first + 3, second + 1):
+        found = cut_right(example, length, end_ids=end, keep_end_token=True)
+        assert found is not None
+        assert found.num_tokens == length
+        assert said(found)[0] == before[0]
+        assert said(found)[1][2].endswith("<|eot|>")
+        assert found.token_ids[:-1].tolist() == example.token_ids[: length - 1].tolist()
+    # Only the first token of the third turn fits: there is none before it to end.
+    found = cut_right(example, second + 1, end_ids=end, keep_end_token=True)
+    assert found is not None
+    assert found.token_ids.tolist() == example.token_ids[: second + 1].tolist()
 
 
 def test_split() -> None:
