@@ -103,8 +103,14 @@ def test_rows_that_are_too_long_are_scored_as_the_run_evaluated_them(
     assert rejected.num_examples == 30
     assert rejected.weighted_nll is not None
     assert rejected.weighted_nll.estimate != pytest.approx(nll, rel=1e-6)
-    with pytest.raises(DataError, match="longer than max_length: 20 rows"):
+    with pytest.raises(DataError, match="longer than max_length: 20 rows") as caught:
         goldsmith.score("runs/it", "gold.jsonl", dtype="float64", on_too_long="reject", max_length=12)
+    assert "raise --max-length" in caught.value.message
+    assert "say with --on-too-long" in caught.value.message
+    with pytest.raises(DataError) as caught:
+        goldsmith.score("runs/it", "gold.jsonl", dtype="float64", on_too_long="reject", max_length=4)
+    assert caught.value.remedy == "raise --max-length where the model can take more, or cut rows with --on-too-long"
+    assert "data." not in str(caught.value)
     result_folder = goldsmith.score("runs/it/model", "gold.jsonl", dtype="float64")
     assert (result_folder.num_examples, result_folder.losses and result_folder.losses.rows_too_long) == (30, 0)
 
@@ -139,6 +145,24 @@ def test_a_bad_row_at_the_end_is_told_before_anything_is_scored(
     with pytest.raises(DataError, match=r"gold\.jsonl:31"):
         goldsmith.score(str(tiny_model_folder), "gold.jsonl", output="scores.jsonl", device="cpu")
     assert sorted(path.name for path in here.iterdir()) == before
+
+
+def test_it_says_how_many_rows_were_read_and_scored(
+    tiny_model_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bad rows count too; nothing is said where quiet, and nothing on standard output."""
+    monkeypatch.setattr("goldsmith.workflows.saying._SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("goldsmith.workflows.scoring._SAY_EVERY", 0.0)
+    with (here / "gold.jsonl").open("a") as file:
+        file.write('{"prompt": "no gold"}\n')
+    goldsmith.score(str(tiny_model_folder), "gold.jsonl", on_bad_row="skip", device="cpu", quiet=False)
+    said = capsys.readouterr()
+    assert said.out == ""
+    lines = said.err.splitlines()
+    assert [line.partition(" rows")[0] for line in lines[:31]] == [f"read {count}" for count in range(1, 32)]
+    assert lines[-1] == "scored 30 of 30 examples"
+    goldsmith.score(str(tiny_model_folder), "gold.jsonl", on_bad_row="skip", device="cpu")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_window_of_rows_is_in_memory_and_not_all(tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

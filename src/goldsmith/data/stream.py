@@ -304,7 +304,7 @@ class _Window:
                     reasons = ", ".join(f"{reason}: {count}" for reason, count in self._rejected.items())
                     raise DataError(
                         f"{self._source.path}: no row of the stream can be used: {reasons}",
-                        remedy=remedy_of(self._rejected),
+                        remedy=remedy_of(self._rejected, self._renderer.length_options),
                     )
                 self._used_in_pass = 0
                 self._next = (key[0] + 1, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from goldsmith.data.loader import load_dataset, spool_dataset
 from goldsmith.data.rendering import Renderer, RenderingConfig
 from goldsmith.data.spool import ExampleSpool
 from goldsmith.data.tokenizer import load_tokenizer
-from goldsmith.data.truncation import LengthPolicy
+from goldsmith.data.truncation import LengthOptions, LengthPolicy
 from goldsmith.errors import ConfigError, MachineError, ModelError
 from goldsmith.generation.generate import Generation, GenerationConfig, decode_text
 from goldsmith.generation.generate import generate as decode
@@ -38,7 +38,11 @@ from goldsmith.types import Conversation, Message
 from goldsmith.workflows.materials import Rows, causal_lm_of, choose_trained
 from goldsmith.workflows.run_folder import TOKENIZER
 
-__all__ = ["Answer", "Answers", "OpenModel", "files_of_model", "generate", "open_model"]
+__all__ = ["LENGTH_OPTIONS", "Answer", "Answers", "OpenModel", "files_of_model", "generate", "open_model"]
+
+# What the commands that take them call the limit of a row and the policy.
+LENGTH_OPTIONS = LengthOptions(max_length="--max-length", on_too_long="--on-too-long")
+_NO_OPTIONS = LengthOptions(max_length=None, on_too_long=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +86,11 @@ class OpenModel:
         on_bad_row: Literal["stop", "skip"],
         limit: int | None = None,
         folder: Path | None = None,
+        note_row: Callable[[], None] | None = None,
     ) -> ExampleSpool:
-        """The same on the disk, in `folder`; to be closed."""
+        """The same on the disk, in `folder`; to be closed. `note_row` is called for each row that was read."""
         found = self._source(data, columns=columns, on_bad_row=on_bad_row, limit=limit)
-        return spool_dataset(**found, folder=folder)
+        return spool_dataset(**found, folder=folder, note_row=note_row)
 
     def _source(
         self,
@@ -139,6 +144,7 @@ def open_model(
     revision: str | None = None,
     max_length: int | None = None,
     on_too_long: LengthPolicy | None = "reject",
+    length_options: LengthOptions = _NO_OPTIONS,
 ) -> OpenModel:
     """Load a model or adapter folder, a hub id, a run's result or a checkpoint; refuse what packed attention does not compute.
 
@@ -148,6 +154,7 @@ def open_model(
         max_length: tokens of an example at most. None: where rows are not rejected for their length, that of the run's recipe; else
             the model's own limit, so that `reject` refuses nothing that the model can take.
         on_too_long: what becomes of a longer row; None: as the run's recipe says, `reject` where there is no run.
+        length_options: what messages call these two, where the caller has them.
 
     Raises:
         ModelError: not found, damaged, or refused by the proof.
@@ -197,7 +204,9 @@ def open_model(
         name=path,
         model=LikelihoodModel(causal_lm, compute_dtype=_scoring_dtype(dtype)).eval(),
         tokenizer=tokenizer,
-        renderer=Renderer(tokenizer, rendering, limit, keeps_long_rows=policy != "reject"),
+        renderer=Renderer(
+            tokenizer, rendering, limit, keeps_long_rows=policy != "reject", length_options=length_options
+        ),
         columns=columns,
         shares_contexts=proof.shares_contexts,
         on_too_long=policy,
