@@ -348,6 +348,18 @@ def compare(
     columns: ColumnsOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of DATA.")] = None,
     skip_bad_rows: SkipOption = False,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Longer rows are too long, for all models; default: the shortest of their limits."),
+    ] = None,
+    on_too_long: Annotated[
+        LengthPolicy | None,
+        typer.Option(
+            metavar="POLICY",
+            help="What becomes of rows that are too long, for all models: reject (default), drop, left, right or split, "
+            "as in training.",
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     tokens_per_microbatch: BudgetOption = None,
@@ -377,6 +389,8 @@ def compare(
         columns=_columns(columns),
         limit=limit,
         on_bad_row="skip" if skip_bad_rows else "stop",
+        max_length=max_length,
+        on_too_long=on_too_long,
         device=device,
         dtype=dtype,
         tokens_per_microbatch=tokens_per_microbatch,

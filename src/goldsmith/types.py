@@ -206,6 +206,7 @@ class TokenScores:
         context_tokens: how many tokens stand before the first gold token; None where unknown.
         context: their text, where it was asked for.
         log_prob_without_context: of the gold after the beginning token alone, where it was asked for.
+        turns: whose words the gold is, as in `TokenizedExample`, but that `begin` counts gold tokens, from 0; empty where unknown.
     """
 
     example_id: str
@@ -220,3 +221,4 @@ class TokenScores:
     context_tokens: int | None = None
     context: str | None = None
     log_prob_without_context: float | None = None
+    turns: tuple[GoldTurn, ...] = ()

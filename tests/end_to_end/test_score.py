@@ -21,6 +21,7 @@ from goldsmith.scoring.compare import Comparison
 from goldsmith.scoring.files import score_to_json
 from goldsmith.scoring.ranking import Ranking
 from goldsmith.scoring.score import Asked, score_windows
+from goldsmith.scoring.tally import summarize
 from goldsmith.scoring.texts import TokenTexts
 from goldsmith.scoring.writing import ScoreWriter
 from goldsmith.types import TokenizedExample
@@ -103,8 +104,14 @@ def test_rows_that_are_too_long_are_scored_as_the_run_evaluated_them(
     assert rejected.num_examples == 30
     assert rejected.weighted_nll is not None
     assert rejected.weighted_nll.estimate != pytest.approx(nll, rel=1e-6)
-    with pytest.raises(DataError, match="longer than max_length: 20 rows"):
+    with pytest.raises(DataError, match="longer than max_length: 20 rows") as caught:
         goldsmith.score("runs/it", "gold.jsonl", dtype="float64", on_too_long="reject", max_length=12)
+    assert "raise --max-length" in caught.value.message
+    assert "say with --on-too-long" in caught.value.message
+    with pytest.raises(DataError) as caught:
+        goldsmith.score("runs/it", "gold.jsonl", dtype="float64", on_too_long="reject", max_length=4)
+    assert caught.value.remedy == "raise --max-length where the model can take more, or cut rows with --on-too-long"
+    assert "data." not in str(caught.value)
     result_folder = goldsmith.score("runs/it/model", "gold.jsonl", dtype="float64")
     assert (result_folder.num_examples, result_folder.losses and result_folder.losses.rows_too_long) == (30, 0)
 
@@ -139,6 +146,24 @@ def test_a_bad_row_at_the_end_is_told_before_anything_is_scored(
     with pytest.raises(DataError, match=r"gold\.jsonl:31"):
         goldsmith.score(str(tiny_model_folder), "gold.jsonl", output="scores.jsonl", device="cpu")
     assert sorted(path.name for path in here.iterdir()) == before
+
+
+def test_it_says_how_many_rows_were_read_and_scored(
+    tiny_model_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bad rows count too; nothing is said where quiet, and nothing on standard output."""
+    monkeypatch.setattr("goldsmith.workflows.saying._SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("goldsmith.workflows.scoring._SAY_EVERY", 0.0)
+    with (here / "gold.jsonl").open("a") as file:
+        file.write('{"prompt": "no gold"}\n')
+    goldsmith.score(str(tiny_model_folder), "gold.jsonl", on_bad_row="skip", device="cpu", quiet=False)
+    said = capsys.readouterr()
+    assert said.out == ""
+    lines = said.err.splitlines()
+    assert [line.partition(" rows")[0] for line in lines[:31]] == [f"read {count}" for count in range(1, 32)]
+    assert lines[-1] == "scored 30 of 30 examples"
+    goldsmith.score(str(tiny_model_folder), "gold.jsonl", on_bad_row="skip", device="cpu")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_window_of_rows_is_in_memory_and_not_all(tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,6 +268,10 @@ def test_roles_are_told_apart_where_several_are_trained(tiny_model_folder: Path)
         assert sum(group["num_target_tokens"] for group in own) == values["num_target_tokens"]
         assert sum(group["log_prob"] for group in own) == pytest.approx(values["log_prob"], rel=1e-12)
     assert groups["role", "user"]["log_prob"] == groups["turn", "1"]["log_prob"]
+    for suffix in ("jsonl", "parquet"):
+        live = goldsmith.score("run", "gold.jsonl", limit=9, with_tokens=True, output=f"scores.{suffix}")
+        of_file = summarize(goldsmith.read_scores(f"scores.{suffix}"))
+        assert [group.to_json() for group in of_file.groups] == [group.to_json() for group in live.groups]
     printed = CliRunner().invoke(app, ["score", "run", "gold.jsonl", "--limit", "9", "-q"])
     assert "by role of gold" in printed.output
 
@@ -312,3 +341,90 @@ def test_models_are_compared_in_one_go(tiny_model_folder: Path, here: Path) -> N
     assert isinstance(goldsmith.compare("one.jsonl", "one.jsonl", "one.jsonl", names=("x", "y", "z")), Ranking)
     with pytest.raises(ConfigError, match="so the last must be a file of gold"):
         goldsmith.workflows.compare(str(tiny_model_folder), others[0])  # type: ignore[attr-defined]
+
+
+def another_model(origin: Path, folder: str, *, positions: int = 128, words: str | None = None) -> str:
+    """The same with other weights, perhaps of fewer positions, or whose tokenizer knows another character."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(origin)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    model.config.max_position_embeddings = positions
+    tokenizer = AutoTokenizer.from_pretrained(origin)
+    if words is not None:
+        model.resize_token_embeddings(len(tokenizer) + tokenizer.add_tokens([words]))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_shortest_limit_is_that_of_all(tiny_model_folder: Path) -> None:
+    """20 rows of 12 tokens, which only one of the two can take: left out, or cut, for both alike, and said."""
+    first, short = str(tiny_model_folder), another_model(tiny_model_folder, "short", positions=11)
+    with pytest.raises(DataError, match="longer than max_length: 20 rows") as caught:
+        goldsmith.compare_models(first, short, data="gold.jsonl", device="cpu")
+    assert "--on-too-long" in caught.value.message
+    for policy, num_shared in (("drop", 10), ("left", 30), ("right", 30), ("split", 50)):
+        pair = goldsmith.compare_models(first, short, data="gold.jsonl", on_too_long=policy, device="cpu")  # type: ignore[arg-type]
+        assert isinstance(pair, Comparison)
+        assert (pair.num_shared, pair.num_only_a, pair.num_only_b) == (num_shared, 0, 0)
+        assert all(one.has_same_tokens and one.has_same_length and one.has_same_context for one in pair.pairs)
+        [note] = pair.notes
+        assert note.startswith("rows longer than 11 tokens (the limit of short): 20 ")
+        assert note.endswith(", alike for all")
+        assert note in str(pair)
+        assert pair.to_json()["notes"] == [note]
+    skipped = goldsmith.compare_models(short, first, data="gold.jsonl", on_bad_row="skip", device="cpu")
+    assert (skipped.num_shared, *skipped.notes) == (
+        10,
+        "rows longer than 11 tokens (the limit of short): 20 rejected; 240 tokens lost, 60 of them gold, alike for all",
+    )
+    longer = goldsmith.compare_models(first, short, data="gold.jsonl", max_length=118, device="cpu")
+    assert (longer.num_shared, longer.notes) == (30, ())
+
+
+def test_gold_is_not_cut_by_other_tokens(tiny_model_folder: Path) -> None:
+    first, other = str(tiny_model_folder), another_model(tiny_model_folder, "other", words="10")
+    for policy in ("right", "split"):
+        with pytest.raises(ConfigError, match=f"on_too_long {policy} cuts the gold by tokens") as caught:
+            goldsmith.compare_models(first, other, data="gold.jsonl", on_too_long=policy, max_length=11)  # type: ignore[arg-type]
+        assert "left" in str(caught.value.remedy)
+    pair = goldsmith.compare_models(first, other, data="gold.jsonl", on_too_long="left", max_length=11, device="cpu")
+    assert pair.num_shared == 30
+
+
+def test_a_run_that_cut_rows_is_compared_on_whole_ones(here: Path) -> None:
+    """And says so; asked for by name, its own limit holds for both."""
+    settings = settings_of_a_run()
+    settings["data"] |= {"max_length": 12, "on_too_long": "right", "end_token_after_cut": True}
+    goldsmith.train(Recipe.from_mapping(settings), quiet=True)
+    last = sorted((here / "runs/it/checkpoints").iterdir())[0]
+    command = ["compare", "runs/it", str(last), "gold.jsonl", "--json", "-q"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert values["num_shared"] == 30
+    assert [note.partition(";")[0] for note in values["notes"]] == [
+        f"{name} was trained with on_too_long: right" for name in ("it", last.name)
+    ]
+    cut = json.loads(CliRunner().invoke(app, [*command, "--on-too-long", "right"]).stdout)
+    assert cut["num_shared"] == 30
+    assert [note.partition(":")[0] for note in cut["notes"]] == ["rows longer than 12 tokens (the limit of it)"]
+    assert cut["num_target_tokens"][0] == cut["num_target_tokens"][1] == values["num_target_tokens"][0] - 20
+    plain = goldsmith.compare_models("runs/it", "runs/it/model", data="gold.jsonl", on_too_long="right", device="cpu")
+    assert isinstance(plain, Comparison)
+    assert all(pair.has_same_tokens for pair in plain.pairs)  # neither ends with the end token where it was cut
+
+
+def test_score_files_are_not_cut_and_a_wrong_one_is_told_first(
+    tiny_model_folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "a.jsonl").write_text('{"example_id": "r1", "log_prob": -1}\n')
+    (here / "b.jsonl").write_text('{"example_id": "r1", "log_prob": 1}\n')
+    result = CliRunner().invoke(app, ["compare", "a.jsonl", "a.jsonl", "--on-too-long", "drop"])
+    assert result.exit_code == 2
+    assert "only score files are given" in result.output
+    monkeypatch.setattr("goldsmith.workflows.comparing.score_opened", lambda *_, **__: pytest.fail("it was scored"))
+    with pytest.raises(DataError, match=r"b\.jsonl:1"):
+        goldsmith.compare_models(str(tiny_model_folder), "b.jsonl", data="gold.jsonl", device="cpu")

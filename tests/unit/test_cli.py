@@ -209,6 +209,14 @@ def test_compare_takes_any_number(workflows: Workflows) -> None:
     name, arguments, keywords = workflows.call
     assert (name, arguments) == ("compare", ("a", "b", "c", "data.jsonl"))
     assert (keywords["columns"], keywords["limit"]) == ({"prompt": "question"}, 4)
+    assert (keywords["max_length"], keywords["on_too_long"]) == (None, None)
+
+
+def test_compare_takes_what_becomes_of_long_rows(workflows: Workflows) -> None:
+    assert run("compare", "a", "b", "data.jsonl", "--max-length", "12", "--on-too-long", "left").exit_code == 0
+    assert workflows.call is not None
+    keywords = workflows.call[2]
+    assert (keywords["max_length"], keywords["on_too_long"]) == (12, "left")
 
 
 def test_generate_takes_prompts_in_place_of_data(workflows: Workflows) -> None:

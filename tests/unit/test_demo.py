@@ -71,6 +71,17 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPa
     assert caught.value.remedy == 'pip install "goldsmith[demo]"'
 
 
+def test_rows_that_are_not_the_demos_are_left_alone(tmp_path: Path) -> None:
+    words = {"goldsmith": ("G OW",), "ab": ("AE B",), "cd": ("S D",)}
+    file = tmp_path / "demo-data" / "train.jsonl"
+    file.parent.mkdir()
+    file.write_text('{"prompt": "mine"}\n')
+    with pytest.raises(MachineError, match=r"train\.jsonl: is there already") as caught:
+        demo(tmp_path / "demo", dictionary=words, num_held_out=1, quiet=True)
+    assert "--output-dir" in str(caught.value.remedy)
+    assert file.read_text() == '{"prompt": "mine"}\n'
+
+
 def test_a_package_without_its_file_is_named_with_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Empty:
         def locate_file(self, name: str) -> Path:

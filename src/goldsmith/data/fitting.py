@@ -26,6 +26,7 @@ class RowFitter:
             policy=config.on_too_long,
             end_token_after_cut=config.end_token_after_cut,
             parts_share_weight=parts_share_weight,
+            options=renderer.length_options,
         )
 
     def fit(self, row: Conversation | TokenizedExample, examples: list[TokenizedExample] | Rejection) -> Fitted:

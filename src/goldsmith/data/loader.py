@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -22,7 +22,7 @@ from goldsmith.data.rendering import Renderer
 from goldsmith.data.rows import Rejection, Row, shorten
 from goldsmith.data.sources import SourcePart, SourceReader, memory_part
 from goldsmith.data.spool import ExampleSpool
-from goldsmith.data.truncation import TOO_LONG, Losses
+from goldsmith.data.truncation import TOO_LONG, LengthOptions, Losses
 from goldsmith.errors import ConfigError, DataError
 from goldsmith.records import DataReport, FileReport
 from goldsmith.types import Conversation, Message, TokenizedExample
@@ -104,6 +104,7 @@ def spool_dataset(
     base_folder: Path = Path(),
     parts_share_weight: bool = False,
     folder: Path | None = None,
+    note_row: Callable[[], None] | None = None,
 ) -> ExampleSpool:
     """As `load_dataset`, but what is kept lies on the disk. Memory grows with the rows by eight bytes of each one's id.
 
@@ -111,6 +112,7 @@ def spool_dataset(
 
     Args:
         folder: see `ExampleSpool`; to be closed by who called.
+        note_row: called for each row that was read, whatever became of it.
 
     Raises:
         DataError, ConfigError: as `load_dataset`.
@@ -119,7 +121,8 @@ def spool_dataset(
     spool = ExampleSpool(folder)
     try:
         ids = HashedIds(find=spool.place)
-        loading = _Loading(config, renderer, parts_share_weight=parts_share_weight, watcher=_Spooling(spool), ids=ids)
+        watcher = _Spooling(spool, note_row)
+        loading = _Loading(config, renderer, parts_share_weight=parts_share_weight, watcher=watcher, ids=ids)
         loading.read(sources, base_folder, split)
         spool.report = loading.accepted(split)
     except BaseException:
@@ -131,17 +134,20 @@ def spool_dataset(
 class _Spooling:
     """Writes the rows that it sees to a spool."""
 
-    def __init__(self, spool: ExampleSpool) -> None:
+    def __init__(self, spool: ExampleSpool, note_row: Callable[[], None] | None) -> None:
         self._spool = spool
+        self._note_row = note_row or (lambda: None)
 
     def used(self, row: Conversation | TokenizedExample, examples: list[TokenizedExample], **_: object) -> None:
         self._spool.add(row.example_id, row.source, examples)
+        self._note_row()
 
     def dropped(self, row: Conversation | TokenizedExample) -> None:
         self._spool.add(row.example_id, row.source, [])
+        self._note_row()
 
     def rejected(self, rejection: Rejection) -> None:
-        pass
+        self._note_row()
 
 
 @contextlib.contextmanager
@@ -268,8 +274,8 @@ def _own_tokens(
         return Rejection(
             source=example.source,
             reason="longer than max_length",
-            detail=f"{example.num_tokens} tokens, but max_length is {limit}; shorten or remove the row, or raise "
-            "data.max_length where the model can take more (a row is never cut)",
+            detail=f"{example.num_tokens} tokens, but max_length is {limit}; shorten or remove the row"
+            f"{renderer.length_options.raise_or_cut}",
         )
     num_bytes = 0
     for begin, end in gold_runs(example.target_weights):
@@ -436,7 +442,7 @@ class _Loading:
         """
         report = self.report
         if report.used == 0 or (report.rejected and self._config.on_bad_row == "stop"):
-            raise _rejected_rows(report, split)
+            raise _rejected_rows(report, split, self._renderer.length_options)
         return report
 
     def finish(self, split: Literal["train", "eval", "rows"]) -> Dataset:
@@ -538,7 +544,7 @@ class _FileInProgress:
         self._loading.show(rejection)
 
 
-def _rejected_rows(report: DataReport, split: str) -> DataError:
+def _rejected_rows(report: DataReport, split: str, options: LengthOptions) -> DataError:
     """Counts by reason, each with its first places."""
     reasons = report.rejected
     dropped = sum(file.dropped for file in report.files)
@@ -556,6 +562,6 @@ def _rejected_rows(report: DataReport, split: str) -> DataError:
     if report.used == 0:
         if report.rows_in == 0:
             return DataError(f"{place} holds no row", remedy="give it rows")
-        return DataError("\n".join(lines) + "\n  No row is left.", remedy=remedy_of(reasons))
+        return DataError("\n".join(lines) + "\n  No row is left.", remedy=remedy_of(reasons, options))
     skipping = "`--skip-bad-rows`" if split == "rows" else "`data.on_bad_row: skip`"
     return DataError("\n".join(lines), remedy=f"mend these rows, or leave them out with {skipping}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from goldsmith.data.config import FIELDS
+from goldsmith.data.truncation import TOO_LONG, LengthOptions
 
 __all__ = ["remedy_of"]
 
@@ -32,24 +33,26 @@ _OF_TEMPLATES = frozenset(
 )
 
 
-def remedy_of(reasons: Iterable[str]) -> str:
+def remedy_of(reasons: Iterable[str], options: LengthOptions = LengthOptions()) -> str:  # noqa: B008 - frozen
     """The remedy for rows that were rejected for these reasons, each remedy once.
 
     >>> remedy_of(["no completion"])
     'name the columns with `columns`, or mend the rows'
     >>> remedy_of(["longer than max_length", "empty completion"])
-    'raise max_length where the model can take more, or cut rows with `data.on_too_long`; mend the rows'
+    'raise data.max_length where the model can take more, or cut rows with data.on_too_long; mend the rows'
     """
-    return "; ".join(dict.fromkeys(_remedy(reason) for reason in reasons))
+    return "; ".join(dict.fromkeys(_remedy(reason, options) for reason in reasons))
 
 
-def _remedy(reason: str) -> str:
+def _remedy(reason: str, options: LengthOptions) -> str:
     if reason in _OF_COLUMNS or reason.endswith(" is null"):
         return "name the columns with `columns`, or mend the rows"
     if reason in _OF_FILES:
         return "write the file again, so that each row can be read"
-    if reason == "longer than max_length":
-        return "raise max_length where the model can take more, or cut rows with `data.on_too_long`"
+    if reason == TOO_LONG and options.max_length is not None and options.on_too_long is not None:
+        return f"raise {options.max_length} where the model can take more, or cut rows with {options.on_too_long}"
+    if reason == TOO_LONG:
+        return "shorten the rows"
     if reason in _OF_TEMPLATES:
         return "use another chat template, or mend the rows"
     return "mend the rows"

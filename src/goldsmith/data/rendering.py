@@ -20,6 +20,7 @@ from goldsmith.data.encoding import Encoder
 from goldsmith.data.plain_rendering import PlainRenderer
 from goldsmith.data.rendering_config import RenderingConfig, template_text
 from goldsmith.data.rows import Rejection
+from goldsmith.data.truncation import LengthOptions
 from goldsmith.errors import DataError
 from goldsmith.types import Conversation, TokenizedExample
 
@@ -30,7 +31,7 @@ class Renderer:
     """Renders conversations with one tokenizer.
 
     Attributes:
-        tokenizer, config, max_length: as given.
+        tokenizer, config, max_length, length_options: as given.
         chat_template: the text of the template that renders chats, or None for the tokenizer's own.
         straddling: the sources of the rows that straddled (see `num_straddles`) in the last call of `render`.
         control_texts: likewise of those in which words spell a control token (see `num_control_texts`).
@@ -44,6 +45,7 @@ class Renderer:
         max_length: int | None,
         *,
         keeps_long_rows: bool = False,
+        length_options: LengthOptions = LengthOptions(),  # noqa: B008 - frozen
     ) -> None:
         """
         Args:
@@ -51,6 +53,7 @@ class Renderer:
             config: a relative `chat_template` is relative to the current directory.
             max_length: tokens of an example at most; None for no limit.
             keeps_long_rows: leave the limit to the loader, which may cut (`data.on_too_long`).
+            length_options: what a rejection calls the limit.
 
         Raises:
             ConfigError: the template file cannot be read, or `joint` with a tokenizer that knows no character offsets.
@@ -59,6 +62,7 @@ class Renderer:
         self.config = config
         self.max_length = max_length
         self.keeps_long_rows = keeps_long_rows
+        self.length_options = length_options
         self.straddling: list[str] = []
         self.control_texts: list[str] = []
         self.mismatching: list[str] = []
@@ -161,8 +165,8 @@ class Renderer:
             return Rejection(
                 source=conversation.source,
                 reason="longer than max_length",
-                detail=f"{len(draft.token_ids)} tokens, but max_length is {self.max_length}; shorten or remove the row, or raise "
-                "data.max_length where the model can take more (a row is never cut)",
+                detail=f"{len(draft.token_ids)} tokens, but max_length is {self.max_length}; shorten or remove the row"
+                f"{self.length_options.raise_or_cut}",
             )
         return TokenizedExample(
             token_ids=np.array(draft.token_ids, dtype=np.int32),

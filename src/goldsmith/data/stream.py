@@ -306,7 +306,8 @@ class _Window:
                         reasons[TOO_LONG] = reasons.get(TOO_LONG, 0) + self._losses.rows_dropped
                     shown = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
                     raise DataError(
-                        f"{self._source.path}: no row of the stream can be used: {shown}", remedy=remedy_of(reasons)
+                        f"{self._source.path}: no row of the stream can be used: {shown}",
+                        remedy=remedy_of(reasons, self._renderer.length_options),
                     )
                 self._used_in_pass = 0
                 self._next = (key[0] + 1, 0)

@@ -29,6 +29,7 @@ __all__ = [
     "TOO_LONG",
     "Fitted",
     "LengthLimit",
+    "LengthOptions",
     "LengthPolicy",
     "Losses",
     "cut_left",
@@ -51,6 +52,30 @@ _MAX_ATTEMPTS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LengthOptions:
+    """What messages call the settings of the limit; None where there is no such setting to turn.
+
+    >>> LengthOptions(max_length="--max-length").or_raise
+    ', or raise --max-length where the model can take more'
+    """
+
+    max_length: str | None = "data.max_length"
+    on_too_long: str | None = "data.on_too_long"
+
+    @property
+    def or_raise(self) -> str:
+        """The end of a remedy."""
+        return "" if self.max_length is None else f", or raise {self.max_length} where the model can take more"
+
+    @property
+    def raise_or_cut(self) -> str:
+        """The same where rows are rejected for their length."""
+        if self.on_too_long is None or self.max_length is None:
+            return self.or_raise
+        return f", raise {self.max_length} where the model can take more, or say with {self.on_too_long} what to do with such rows"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LengthLimit:
     """The limit and what to do at it.
 
@@ -61,12 +86,14 @@ class LengthLimit:
         parts_share_weight: `split` only: the parts of an example share its weight in proportion to their W. Right for
             `normalization: example`, where an example's nll is divided by its own W; under `token` and `sum` each part keeps
             the whole weight, so that each gold token counts as much as it did.
+        options: what messages call the limit and the policy.
     """
 
     max_length: int | None
     policy: LengthPolicy = "reject"
     end_token_after_cut: bool = False
     parts_share_weight: bool = False
+    options: LengthOptions = LengthOptions()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,12 +193,12 @@ def fit_row(
         )
     kept: list[TokenizedExample] | Rejection
     if limit.policy == "left" and isinstance(row, Conversation):
-        kept = _fit_left(row, examples, limit.max_length, render, token_starts)
+        kept = _fit_left(row, examples, limit.max_length, limit.options, render, token_starts)
     elif limit.policy == "reject":
         kept = _rejection(
             row,
-            f"{longest} tokens, but max_length is {limit.max_length}; shorten or remove the row, raise data.max_length where the "
-            "model can take more, or say with data.on_too_long what to do with such rows",
+            f"{longest} tokens, but max_length is {limit.max_length}; shorten or remove the row"
+            f"{limit.options.raise_or_cut}",
         )
     else:
         kept = []
@@ -182,7 +209,7 @@ def fit_row(
                 kept = _rejection(
                     row,
                     f"{context} tokens stand before the gold, {example.num_tokens - context} from there on, and max_length is "
-                    f"{limit.max_length}: no room is left; shorten or remove the row, or raise data.max_length",
+                    f"{limit.max_length}: no room is left; shorten or remove the row{limit.options.or_raise}",
                 )
                 break
             kept.extend(parts)
@@ -339,6 +366,7 @@ def _fit_left(
     conversation: Conversation,
     examples: list[TokenizedExample],
     max_length: int,
+    options: LengthOptions,
     render: Render,
     token_starts: TokenStarts,
 ) -> list[TokenizedExample] | Rejection:
@@ -360,7 +388,7 @@ def _fit_left(
     return _rejection(
         conversation,
         f"max_length is {max_length}, and the gold ({len(gold)} tokens) with the least of its context and the template is longer; "
-        "shorten or remove the row, or raise data.max_length",
+        f"shorten or remove the row{options.or_raise}",
     )
 
 

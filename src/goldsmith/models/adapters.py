@@ -31,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 
 from goldsmith.errors import ConfigError, ModelError
 from goldsmith.models.quantized import has_packed_weights
+from goldsmith.models.wording import one_line
 
 __all__ = [
     "Adapter",
@@ -161,7 +162,7 @@ def quantization_of(config: AdapterConfig | None, compute_dtype: torch.dtype) ->
             bnb_4bit_compute_dtype=compute_dtype,
         )
     except ValueError as error:
-        raise ModelError(f"{what}, but {_one_line(error)}", remedy="pip install -U bitsandbytes") from error
+        raise ModelError(f"{what}, but {one_line(error)}", remedy="pip install -U bitsandbytes") from error
 
 
 def attach_adapter(
@@ -385,9 +386,7 @@ def merge_adapter(causal_lm: PreTrainedModel, folder: Path, *, name: str) -> Pre
                 )
             merged: PreTrainedModel = peft_model.merge_and_unload()
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
-        raise ModelError(
-            f"{name}: the adapter does not fit its base model: {_one_line(error)}", remedy=refit
-        ) from error
+        raise ModelError(f"{name}: the adapter does not fit its base model: {one_line(error)}", remedy=refit) from error
     for parameter in merged.parameters():
         parameter.requires_grad_(True)
     return merged
@@ -484,8 +483,3 @@ def _quiet_import() -> Iterator[None]:
         yield
     finally:
         logging.disable(previous)
-
-
-def _one_line(error: BaseException, limit: int = 300) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
 import math
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from goldsmith.errors import ConfigError, DataError
 from goldsmith.scoring.compare_text import render_comparison
 from goldsmith.scoring.display import data_frame, html_table
 from goldsmith.scoring.files import row_of
+from goldsmith.scoring.pairing import PairedExample, PairedToken, Pairing, TokenKind, bare, numbers_of, pair_up
 from goldsmith.scoring.tally import position_bins
 from goldsmith.statistics import Interval, bootstrap_ratios, group_totals, paired_bootstrap, sign_test
 from goldsmith.types import TokenScore, TokenScores
@@ -25,6 +26,7 @@ __all__ = [
     "PairedExample",
     "PairedGroup",
     "PairedToken",
+    "TokenKind",
     "by_example_id",
     "compare_pair",
     "scores_from_probabilities",
@@ -33,103 +35,18 @@ __all__ = [
 # Two scores of one model, computed in another batching, differ by rounding; this near, in nats, is a tie.
 TIE_TOLERANCE = 1e-4
 
-_BREAKDOWNS = ("source", "position")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PairedExample:
-    """One example under both models; `difference` is log P under the first minus log P under the second, in nats."""
-
-    a: TokenScores
-    b: TokenScores
-
-    @property
-    def example_id(self) -> str:
-        return self.a.example_id
-
-    @property
-    def difference(self) -> float:
-        return self.a.log_prob - self.b.log_prob
-
-    @property
-    def has_same_tokens(self) -> bool:
-        """Whether both list the gold tokens, as many, with no text that is known to differ."""
-        if self.a.tokens is None or self.b.tokens is None or len(self.a.tokens) != len(self.b.tokens):
-            return False
-        return all(map(_may_be_same, self.a.tokens, self.b.tokens))
-
-    @property
-    def is_differently_tokenized(self) -> bool:
-        """Whether the two are known to cut the gold into other tokens."""
-        if self.a.tokens is not None and self.b.tokens is not None:
-            return not self.has_same_tokens
-        counts = self.a.num_target_tokens, self.b.num_target_tokens
-        return bool(counts[0] and counts[1]) and counts[0] != counts[1]
-
-    @property
-    def start_difference(self) -> float | None:
-        """The difference on the first gold token alone; None where the first tokens are unknown or not the same."""
-        if not self.a.tokens or not self.b.tokens or not _may_be_same(self.a.tokens[0], self.b.tokens[0]):
-            return None
-        return self.a.tokens[0].log_prob - self.b.tokens[0].log_prob
-
-    @property
-    def has_same_length(self) -> bool:
-        """False where the two are known to have scored gold of different byte lengths."""
-        return not (self.a.num_bytes and self.b.num_bytes) or self.a.num_bytes == self.b.num_bytes
-
-    @property
-    def has_same_context(self) -> bool:
-        """False where the two are known to have scored the gold after other contexts: rendered otherwise."""
-        return self.a.context is None or self.b.context is None or self.a.context == self.b.context
-
-    def to_json(self) -> dict[str, object]:
-        return {
-            "example_id": self.example_id,
-            "source": self.a.source or self.b.source,
-            "log_prob": [self.a.log_prob, self.b.log_prob],
-            "difference": self.difference,
-            "start_difference": self.start_difference,
-        }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PairedToken:
-    """One gold token under both models.
-
-    Attributes:
-        position: in the gold, from 1.
-        log_probs: under the first and the second, nats.
-    """
-
-    example_id: str
-    position: int
-    text: str
-    log_probs: tuple[float, float]
-
-    @property
-    def difference(self) -> float:
-        return self.log_probs[0] - self.log_probs[1]
-
-    def to_json(self) -> dict[str, object]:
-        return {
-            "example_id": self.example_id,
-            "position": self.position,
-            "text": self.text,
-            "log_prob": list(self.log_probs),
-            "difference": self.difference,
-        }
+_BREAKDOWNS = ("source", "role", "position")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairedGroup:
-    """The difference in one source, or at some positions of the gold.
+    """The difference in one source, of one role's gold, or at some positions of the gold.
 
     Attributes:
-        by: `source` or `position`.
+        by: `source`, `role` or `position`.
         num_examples: of the source; or that have gold there.
-        difference: nats per example. Of a source: over its examples. Of positions: what their tokens add to the mean
-            difference of all examples, so that all positions sum to it.
+        difference: nats per example. Of a source: over its examples. Of a role, and of positions: what their tokens add to the
+            mean difference of all examples, so that all roles, and all positions, sum to it.
         wins, losses: examples on which the first, and the second, gives the gold (there) the higher likelihood.
     """
 
@@ -165,7 +82,12 @@ class Comparison:
         num_resamples, seed: of the intervals.
         num_rows: rows that the examples come from; the parts of one are not independent.
         sign_p: the sign test's two-sided p-value: rows that the first wins against rows that the second wins.
-        groups: by source where there are several, and by position where both list the same gold tokens.
+        groups: by source where there are several, by role where several have gold, and by position; the latter two where both
+            list the same gold tokens.
+        tokens: every gold token of the only example, where there is but one and both list the same tokens.
+        differing_tokens, differing_kinds: the gold tokens that differ most, and the kinds of them that do in sum, where both list
+            the same tokens; largest first, at most `KEPT_TOKENS` of each.
+        notes: what was done to the rows before they were scored, a line each; see `compare_models`.
     """
 
     names: tuple[str, str]
@@ -179,6 +101,10 @@ class Comparison:
     num_rows: int
     sign_p: float
     groups: tuple[PairedGroup, ...] = ()
+    tokens: tuple[PairedToken, ...] = ()
+    differing_tokens: tuple[PairedToken, ...] = ()
+    differing_kinds: tuple[TokenKind, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def num_shared(self) -> int:
@@ -291,21 +217,12 @@ class Comparison:
         )
 
     def largest_tokens(self, count: int = 8) -> tuple[PairedToken, ...]:
-        """The gold tokens with the largest differences, either way, where both list the same tokens."""
-        found = (
-            PairedToken(
-                example_id=pair.example_id,
-                position=position,
-                text=a.text or b.text,
-                log_probs=(a.log_prob, b.log_prob),
-            )
-            for pair in self.pairs
-            if pair.has_same_tokens
-            for position, (a, b) in enumerate(zip(pair.a.tokens or (), pair.b.tokens or (), strict=True), start=1)
-            if abs(a.log_prob - b.log_prob) > self.tie_tolerance
-        )
-        key = lambda token: (abs(token.difference), token.example_id, -token.position)  # noqa: E731
-        return tuple(heapq.nlargest(count, found, key=key))
+        """The gold tokens with the largest differences, either way, where both list the same tokens; at most `KEPT_TOKENS`."""
+        return self.differing_tokens[:count]
+
+    def largest_kinds(self, count: int = 8) -> tuple[TokenKind, ...]:
+        """The kinds of gold token, by their text, whose differences are largest in sum; likewise."""
+        return self.differing_kinds[:count]
 
     def to_pandas(self) -> Any:
         """A `pandas.DataFrame`, a row for each shared example; pairs of values end in `_a` and `_b`, as `names`.
@@ -355,6 +272,7 @@ class Comparison:
         for_a, for_b = self.largest()
         return {
             "names": list(self.names),
+            "notes": list(self.notes),
             "num_shared": self.num_shared,
             "num_only": [self.num_only_a, self.num_only_b],
             "log_prob": list(self.log_probs),
@@ -377,6 +295,7 @@ class Comparison:
             "comebacks": list(self.comebacks),
             "groups": [group.to_json() for group in self.groups],
             "largest_tokens": [token.to_json() for token in self.largest_tokens()],
+            "largest_kinds": [kind.to_json() for kind in self.largest_kinds(25)],
             "largest": [[pair.to_json() for pair in for_a], [pair.to_json() for pair in for_b]],
         }
 
@@ -396,17 +315,11 @@ def compare_pair(
     """Pair two models' scores of the same gold by `example_id`; see `ranking.compare`, which this is of two."""
     if names[0] == names[1]:
         raise ConfigError(f"both are called {names[0]!r}", remedy="give them two different names")
-    by_id_a, by_id_b = by_example_id(a, names[0]), by_example_id(b, names[1])
-    shared = [example_id for example_id in by_id_a if example_id in by_id_b]
-    if not shared:
-        raise DataError(
-            f"{names[0]} and {names[1]} share no example: {len(by_id_a):,} ids such as {next(iter(by_id_a))!r} against "
-            f"{len(by_id_b):,} such as {next(iter(by_id_b))!r}",
-            remedy="score the same data with both models; ids come from the rows' `id`, else from the file's name",
-        )
-    pairs = tuple(PairedExample(a=by_id_a[example_id], b=by_id_b[example_id]) for example_id in shared)
+    found = pair_up(a, b, names=names, tie_tolerance=tie_tolerance)
+    pairs = found.pairs
     # The order of the files must not move the interval, so pairs are resampled in the order of their names.
-    in_order = sorted(pairs, key=lambda pair: (row_of(pair.a), pair.example_id))
+    order = sorted(range(len(pairs)), key=lambda place: (row_of(pairs[place].a), pairs[place].example_id))
+    in_order = [pairs[place] for place in order]
     number_of_row: dict[tuple[str, str], int] = {}
     rows = np.array([number_of_row.setdefault(row_of(pair.a), len(number_of_row)) for pair in in_order])
     interval = paired_bootstrap(
@@ -420,8 +333,8 @@ def compare_pair(
     return Comparison(
         names=names,
         pairs=pairs,
-        num_only_a=len(by_id_a) - len(shared),
-        num_only_b=len(by_id_b) - len(shared),
+        num_only_a=found.num_only_a,
+        num_only_b=found.num_only_b,
         mean_difference=interval,
         tie_tolerance=tie_tolerance,
         num_resamples=num_resamples,
@@ -431,36 +344,55 @@ def compare_pair(
             int(np.count_nonzero(row_differences > tie_tolerance)),
             int(np.count_nonzero(row_differences < -tie_tolerance)),
         ),
-        groups=_groups(in_order, rows, tie_tolerance=tie_tolerance, num_resamples=num_resamples, seed=seed),
+        groups=_groups(found, order, rows, tie_tolerance=tie_tolerance, num_resamples=num_resamples, seed=seed),
+        tokens=found.only,
+        differing_tokens=found.tokens,
+        differing_kinds=found.kinds,
     )
 
 
 def _groups(
-    pairs: Sequence[PairedExample], rows: npt.NDArray[np.int64], *, tie_tolerance: float, num_resamples: int, seed: int
+    found: Pairing,
+    order: Sequence[int],
+    rows: npt.NDArray[np.int64],
+    *,
+    tie_tolerance: float,
+    num_resamples: int,
+    seed: int,
 ) -> tuple[PairedGroup, ...]:
-    """The breakdowns that have more than one part, bootstrapped together over rows."""
-    # (by, label) -> place of the pair -> its difference there.
-    parts: dict[tuple[str, str], dict[int, float]] = {}
-    for place, pair in enumerate(pairs):
+    """The breakdowns that have more than one part, bootstrapped together over rows.
+
+    Args:
+        order: the pairs in the order of `rows`.
+    """
+    # (by, label) -> places of the pairs, ascending, and their differences there.
+    parts: dict[tuple[str, str], tuple[array[int], array[float]]] = {}
+
+    def add(by: str, label: str, place: int, difference: float) -> None:
+        places, differences = parts.setdefault((by, label), (array("q"), array("d")))
+        places.append(place)
+        differences.append(difference)
+
+    for place, number in enumerate(order):
+        pair = found.pairs[number]
         if source := pair.a.source_name or pair.b.source_name:
-            parts.setdefault(("source", source), {})[place] = pair.difference
-    if all(pair.has_same_tokens for pair in pairs):
-        for place, pair in enumerate(pairs):
-            differences = [
-                a.log_prob - b.log_prob for a, b in zip(pair.a.tokens or (), pair.b.tokens or (), strict=True)
-            ]
-            for low, high, label in position_bins(len(differences)):
-                parts.setdefault(("position", label), {})[place] = math.fsum(differences[low - 1 : high])
+            add("source", source, place, pair.difference)
+        if found.roles is not None:
+            for role, difference in found.roles[number].items():
+                add("role", role, place, difference)
+        if found.positions is not None:
+            sums = found.positions[number]
+            for (_, _, label), difference in zip(position_bins(4 ** (len(sums) - 1)), sums, strict=True):
+                add("position", label, place, difference)
+    # Sources and roles as they come, positions by their number.
     keys = [
         key
         for by in _BREAKDOWNS
         for key in sorted(
-            (key for key in parts if key[0] == by), key=lambda key: min(parts[key]) if by == "source" else 0
+            (key for key in parts if key[0] == by),
+            key=lambda key: int(key[1].partition("-")[0]) if key[0] == "position" else parts[key][0][0],
         )
     ]
-    if by_position := [key for key in keys if key[0] == "position"]:
-        by_position.sort(key=lambda key: int(key[1].partition("-")[0]))
-        keys = [key for key in keys if key[0] != "position"] + by_position
     keys = [key for key in keys if sum(other[0] == key[0] for other in keys) > 1]
     if not keys:
         return ()
@@ -468,8 +400,7 @@ def _groups(
     everyone = np.bincount(rows, minlength=num_rows).astype(np.float64)
     tops, bottoms = [], []
     for key in keys:
-        places = np.fromiter(parts[key], dtype=np.int64)
-        values = np.fromiter(parts[key].values(), dtype=np.float64)
+        places, values = np.array(parts[key][0], dtype=np.int64), np.array(parts[key][1], dtype=np.float64)
         tops.append(np.bincount(rows[places], weights=values, minlength=num_rows))
         members = np.bincount(rows[places], minlength=num_rows).astype(np.float64)
         bottoms.append(members if key[0] == "source" else everyone)
@@ -480,10 +411,10 @@ def _groups(
         PairedGroup(
             by=key[0],
             label=key[1],
-            num_examples=len(parts[key]),
+            num_examples=len(parts[key][0]),
             difference=interval,
-            wins=sum(value > tie_tolerance for value in parts[key].values()),
-            losses=sum(value < -tie_tolerance for value in parts[key].values()),
+            wins=sum(value > tie_tolerance for value in parts[key][1]),
+            losses=sum(value < -tie_tolerance for value in parts[key][1]),
         )
         for key, interval in zip(keys, intervals, strict=True)
     )
@@ -535,18 +466,12 @@ def scores_from_probabilities(
 
 
 def by_example_id(scores: TokenScores | Iterable[TokenScores], name: str) -> dict[str, TokenScores]:
-    """Scores by their ids, in order; errors as in `compare`."""
+    """Scores by their ids, in order, without their tokens; errors as in `compare`."""
     by_id: dict[str, TokenScores] = {}
-    for score in [scores] if isinstance(scores, TokenScores) else scores:
+    for score in numbers_of(scores, name):
         if score.example_id in by_id:
             raise DataError(f"{name}: example {score.example_id!r} is scored twice")
-        if not math.isfinite(score.log_prob) or score.log_prob > 0:
-            raise DataError(f"{name}: example {score.example_id!r}: log_prob is {score.log_prob}, not finite and <= 0")
-        by_id[score.example_id] = score
+        by_id[score.example_id] = bare(score)
     if not by_id:
         raise DataError(f"{name}: no example was scored")
     return by_id
-
-
-def _may_be_same(a: TokenScore, b: TokenScore) -> bool:
-    return not a.text or not b.text or a.text == b.text

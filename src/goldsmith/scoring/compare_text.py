@@ -27,6 +27,7 @@ def render_comparison(comparison: Comparison) -> str:
             *_groups(comparison),
             *_largest(comparison),
             _tokens(comparison),
+            _kinds(comparison),
             _verdict_of_many(comparison),
         ]
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
@@ -37,6 +38,7 @@ def _heading(comparison: Comparison) -> str:
     lines = [f"{name_a} and {name_b} on {plural(comparison.num_shared, 'example')} of the same gold"]
     if comparison.num_shared == 1:
         lines[0] = f"{name_a} and {name_b} on the gold of {comparison.pairs[0].example_id!r}"
+    lines += comparison.notes
     if comparison.num_only_a or comparison.num_only_b:
         lines.append(
             f"left out: {plural(comparison.num_only_a, 'example')} only in {name_a}, "
@@ -59,17 +61,15 @@ def _heading(comparison: Comparison) -> str:
 
 
 def _rows_of_one(comparison: Comparison) -> list[list[str]]:
-    pair = comparison.pairs[0]
     rows = [["", *comparison.names]]
-    if pair.has_same_tokens and pair.a.tokens is not None and pair.b.tokens is not None:
-        tokens = list(enumerate(zip(pair.a.tokens, pair.b.tokens, strict=True), start=1))
-        if len(tokens) > _SHOWN_TOKENS:
-            by_difference = sorted(tokens, key=lambda item: -abs(item[1][0].log_prob - item[1][1].log_prob))
-            rows[0][0] = f"the {_SHOWN_TOKENS} of {len(tokens):,} tokens that differ most"
-            tokens = sorted(by_difference[:_SHOWN_TOKENS])
-        for index, (a, b) in tokens:
-            label = f"P(token {index})" + (f"  {a.text or b.text!r}" if a.text or b.text else "")
-            rows.append([label, _probability(a.log_prob), _probability(b.log_prob)])
+    tokens = list(comparison.tokens)
+    if len(tokens) > _SHOWN_TOKENS:
+        by_difference = sorted(tokens, key=lambda token: -abs(token.difference))
+        rows[0][0] = f"the {_SHOWN_TOKENS} of {len(tokens):,} tokens that differ most"
+        tokens = sorted(by_difference[:_SHOWN_TOKENS], key=lambda token: token.position)
+    for token in tokens:
+        label = f"P(token {token.position})" + (f"  {token.text!r}" if token.text else "")
+        rows.append([label, *map(_probability, token.log_probs)])
     (log_a, log_b), mean_nll, bits = comparison.log_probs, comparison.mean_nll, comparison.bits_per_byte
     rows.append(["P(gold), their product" if len(rows) > 1 else "P(gold)", _probability(log_a), _probability(log_b)])
     rows.append(["log P(gold)", f"{log_a:.4f}", f"{log_b:.4f}"])
@@ -86,8 +86,8 @@ def _verdict_of_one(comparison: Comparison) -> str:
         return f"{name_a} and {name_b} give the gold the same likelihood (within {comparison.tie_tolerance:g} nats)."
     factor = _factor(abs(pair.difference))
     sentence = f"{comparison.higher} gives the gold the higher likelihood, {factor} times that of {_other(comparison)}"
-    if any(comparison.comebacks) and pair.a.tokens and pair.b.tokens:
-        low, high = map(_probability, sorted(tokens[0].log_prob for tokens in (pair.a.tokens, pair.b.tokens)))
+    if any(comparison.comebacks) and pair.start_log_probs is not None:
+        low, high = map(_probability, sorted(pair.start_log_probs))
         sentence += f", though {_other(comparison)} starts better ({high} against {low} on the first token)"
     return sentence + "."
 
@@ -138,7 +138,11 @@ def _counts(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-_GROUP_TITLES = {"source": "by source, nats per example", "position": "by position in gold, nats per example"}
+_GROUP_TITLES = {
+    "source": "by source, nats per example",
+    "role": "by role of gold, nats per example",
+    "position": "by position in gold, nats per example",
+}
 
 
 def _groups(comparison: Comparison) -> list[str]:
@@ -180,6 +184,17 @@ def _tokens(comparison: Comparison) -> str:
                 f"token {token.position:,} of {shortened(token.example_id)}",
             ]
         )
+    return text_table(rows)
+
+
+def _kinds(comparison: Comparison) -> str:
+    kinds = comparison.largest_kinds(8)
+    if all(kind.count == 1 for kind in kinds):  # the table of tokens says it
+        return ""
+    rows = [["kinds of token that differ most", "tokens", "nats, mean", "nats, sum"]]
+    for kind in kinds:
+        label = f"{shortened(kind.text, 24)!r}"
+        rows.append([label, f"{kind.count:,}", f"{kind.mean_difference:+,.4f}", f"{kind.difference:+,.2f}"])
     return text_table(rows)
 
 

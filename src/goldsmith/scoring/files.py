@@ -1,13 +1,16 @@
 """Score files: JSON Lines, one example a line, written by `goldsmith score` or by any other tool; or Parquet, the same columns.
 
     {"example_id", "source", "source_name", "log_prob", "num_target_tokens", "num_bytes", "weighted_log_prob", "weight_sum",
-     "context_tokens", "context", "log_prob_without_context",
+     "context_tokens", "context", "log_prob_without_context", "turns": [[begin, number, role], ...],
      "tokens": [{"token_id", "text", "log_prob", "weight", "rank", "best_log_prob", "entropy",
                  "alternatives": [[token_id, text, log_prob], ...]}]}
 
 A file needs no more than `example_id` and `log_prob`, or `example_id` and `tokens[].log_prob`. What it leaves out is
 read as unknown: a count of 0, an empty `source` or `text`, a `token_id` of -1. Gold has at least one token and one
 byte, so a count of 0 can mean nothing else.
+
+`turns` says whose words the gold is: a turn's gold begins at gold token `begin` (from 0) and goes on to where the next one begins;
+`number` counts the turns of the row that have gold, from 1.
 """
 
 from __future__ import annotations
@@ -21,9 +24,9 @@ from typing import Any
 
 from goldsmith.errors import DataError
 from goldsmith.scoring.parquet import read_parquet_rows
-from goldsmith.types import TokenScore, TokenScores
+from goldsmith.types import GoldTurn, TokenScore, TokenScores
 
-__all__ = ["read_scores", "row_of", "score_from_json", "score_to_json"]
+__all__ = ["read_scores", "row_of", "score_from_json", "score_to_json", "stream_scores"]
 
 # A log-probability that rounding has lifted above 0 by no more than this is read as 0.
 _ROUNDING = 1e-6
@@ -50,6 +53,8 @@ def score_to_json(scores: TokenScores) -> dict[str, object]:
     for name in _OPTIONAL:
         if (value := getattr(scores, name)) is not None:
             row[name] = value
+    if scores.turns:
+        row["turns"] = [[turn.begin, turn.number, turn.role] for turn in scores.turns]
     if scores.tokens is not None:
         row["tokens"] = [_token_to_json(token) for token in scores.tokens]
     return row
@@ -137,6 +142,7 @@ def score_from_json(row: object, *, place: str) -> TokenScores:
         log_prob=log_prob,
         num_target_tokens=num_target_tokens,
         num_bytes=_count(row.get("num_bytes"), place=place, name="num_bytes"),
+        turns=_turns(row.get("turns"), num_target_tokens, place=place),
         tokens=tokens,
     )
 
@@ -154,21 +160,24 @@ def read_scores(path: str | Path) -> list[TokenScores]:
         DataError: no such file, no rows, or a row that is wrong: invalid JSON, a field that `score_from_json` refuses,
             or an example id that an earlier line has; each names file, line, field and value.
     """
-    scores: list[TokenScores] = []
-    place_of_id: dict[str, str] = {}
+    return list(stream_scores(path))
+
+
+def stream_scores(path: str | Path) -> Iterator[TokenScores]:
+    """The same, row by row; of the rows that have gone by the ids are held."""
+    line_of_id: dict[str, int] = {}
     rows = read_parquet_rows(path) if Path(path).suffix == ".parquet" else _json_lines(path)
     for number, row in rows:
         score = score_from_json(row, place=f"{path}:{number}")
-        if score.example_id in place_of_id:
+        if score.example_id in line_of_id:
             raise DataError(
-                f"{path}:{number}: `example_id` {score.example_id!r} was already on line {place_of_id[score.example_id]}",
+                f"{path}:{number}: `example_id` {score.example_id!r} was already on line {line_of_id[score.example_id]}",
                 remedy="score each example once; give the rows of the data distinct `id`s",
             )
-        place_of_id[score.example_id] = str(number)
-        scores.append(score)
-    if not scores:
+        line_of_id[score.example_id] = number
+        yield score
+    if not line_of_id:
         raise DataError(f"{path}: the score file has no rows", remedy=_REMEDY)
-    return scores
 
 
 def _json_lines(path: str | Path) -> Iterator[tuple[int, object]]:
@@ -249,6 +258,27 @@ def _tokens(value: object, *, place: str) -> tuple[TokenScore, ...]:
     if not tokens:
         raise DataError(f"{place}: `tokens` lists no gold token (weight > 0)", remedy=_REMEDY)
     return tuple(tokens)
+
+
+def _turns(value: object, num_target_tokens: int, *, place: str) -> tuple[GoldTurn, ...]:
+    if value is None:
+        return ()
+    found: list[GoldTurn] = []
+    items: list[Any] = value if isinstance(value, list) else [value]
+    for item in items:
+        if isinstance(item, Mapping):  # Parquet
+            item = [item.get("begin"), item.get("number"), item.get("role")]
+        if not isinstance(item, list) or [type(part) for part in item] != [int, int, str]:
+            raise DataError(f"{place}: `turns` holds {_shown(item)}, not [begin, number, role]")
+        turn = GoldTurn(begin=item[0], number=item[1], role=item[2])
+        is_next = turn.begin > found[-1].begin and turn.number > found[-1].number if found else turn.begin == 0
+        if not is_next or turn.number < 1 or turn.begin >= (num_target_tokens or math.inf):
+            raise DataError(
+                f"{place}: `turns` is {_shown(value)}, of {num_target_tokens} gold tokens",
+                remedy="`begin` counts gold tokens, from 0 for the first turn; `number` counts turns, from 1; both ascend",
+            )
+        found.append(turn)
+    return tuple(found)
 
 
 def _alternatives(value: object, *, place: str, name: str) -> tuple[tuple[int, str, float], ...] | None:

@@ -12,12 +12,15 @@ from goldsmith.errors import DataError
 __all__ = ["read_parquet_rows", "write_parquet_rows"]
 
 _ROWS_PER_GROUP = 1024
+# Lists without names in JSON are structs here.
+_NAMES = {"alternatives": ("token_id", "text", "log_prob"), "turns": ("begin", "number", "role")}
 
 
 def _schema() -> Any:
     import pyarrow as pa
 
     alternative = pa.struct([("token_id", pa.int64()), ("text", pa.string()), ("log_prob", pa.float64())])
+    turn = pa.struct([("begin", pa.int64()), ("number", pa.int64()), ("role", pa.string())])
     token = pa.struct(
         [
             ("token_id", pa.int64()),
@@ -43,6 +46,7 @@ def _schema() -> Any:
             ("context_tokens", pa.int64()),
             ("context", pa.string()),
             ("log_prob_without_context", pa.float64()),
+            ("turns", pa.list_(turn)),
             ("tokens", pa.list_(token)),
         ]
     )
@@ -89,8 +93,8 @@ def _storable(value: Any) -> Any:
         return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     if isinstance(value, dict):
         return {
-            key: [dict(zip(("token_id", "text", "log_prob"), _storable(item), strict=True)) for item in inner]
-            if key == "alternatives"
+            key: [dict(zip(_NAMES[key], _storable(item), strict=True)) for item in inner]
+            if key in _NAMES
             else _storable(inner)
             for key, inner in value.items()
         }

@@ -16,7 +16,7 @@ from goldsmith.errors import ConfigError, DataError
 from goldsmith.scoring.compare import TIE_TOLERANCE, Comparison, by_example_id, compare_pair
 from goldsmith.scoring.compare_text import plural
 from goldsmith.scoring.display import data_frame, html_table, text_table
-from goldsmith.scoring.files import read_scores, row_of
+from goldsmith.scoring.files import row_of, stream_scores
 from goldsmith.statistics import Interval, bootstrap_ratios, group_totals, holm, sign_flip_test
 from goldsmith.types import TokenScores
 
@@ -97,6 +97,7 @@ class Ranking:
         num_shared: examples that all have scored.
         num_left_out: of each model, examples that some other lacks.
         num_differently_tokenized: shared examples that not all cut into as many tokens.
+        notes: what was done to the rows before they were scored, a line each; see `compare_models`.
     """
 
     models: tuple[RankedModel, ...]
@@ -104,6 +105,7 @@ class Ranking:
     num_shared: int
     num_left_out: Mapping[str, int]
     num_differently_tokenized: int
+    notes: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -113,6 +115,7 @@ class Ranking:
     def to_json(self) -> dict[str, object]:
         """Every figure."""
         return {
+            "notes": list(self.notes),
             "num_shared": self.num_shared,
             "num_left_out": dict(self.num_left_out),
             "num_differently_tokenized": self.num_differently_tokenized,
@@ -146,6 +149,7 @@ class Ranking:
 
     def __str__(self) -> str:
         lines = [f"{len(self.models)} models on {plural(self.num_shared, 'example')} of the same gold"]
+        lines += self.notes
         if left_out := {name: count for name, count in self.num_left_out.items() if count}:
             shown = ", ".join(f"{count:,} of {name}" for name, count in left_out.items())
             lines.append(f"left out, as not all have scored them: {shown}")
@@ -361,17 +365,18 @@ def _tests(
     )
 
 
-def _read(scores: Scores) -> list[TokenScores]:
+def _read(scores: Scores) -> Iterable[TokenScores]:
+    """One by one where it is a file."""
     if isinstance(scores, TokenScores):
         return [scores]
     if not isinstance(scores, str | Path):
-        return list(scores)
+        return scores
     if Path(scores).is_dir():
         raise ConfigError(
             f"{scores} is a folder, not a score file",
             remedy="score models first, or compare them in one go: goldsmith.compare_models(a, b, data=...)",
         )
-    return read_scores(scores)
+    return stream_scores(scores)
 
 
 def _names(given: Sequence[Scores]) -> list[str]:

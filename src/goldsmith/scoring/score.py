@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +19,7 @@ from goldsmith.models.evaluate import GoldStatistics, statistics_of
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.records import DataReport
 from goldsmith.scoring.texts import TokenTexts, num_context_tokens
-from goldsmith.types import TokenizedExample, TokenScore, TokenScores
+from goldsmith.types import GoldTurn, TokenizedExample, TokenScore, TokenScores
 
 __all__ = [
     "Asked",
@@ -247,6 +247,13 @@ def gold_roles(example: TokenizedExample) -> dict[str, npt.NDArray[np.bool_]]:
     return {role: np.array([one == role for one in roles])[indices] for role in dict.fromkeys(roles)}
 
 
+def _turns_of_gold(example: TokenizedExample) -> tuple[GoldTurn, ...]:
+    """The example's turns, their beginnings counted in gold tokens."""
+    gold = np.flatnonzero(example.target_weights > 0)
+    begins = np.searchsorted(gold, [turn.begin for turn in example.turns]).tolist()
+    return tuple(replace(turn, begin=begin) for turn, begin in zip(example.turns, begins, strict=True))
+
+
 def _scored(
     row: int,
     example: TokenizedExample,
@@ -270,6 +277,7 @@ def _scored(
         context=texts.of_context(example) if asked.tokens else None,
         log_prob_without_context=None if alone is None else math.fsum(alone.log_probs.tolist()),
         tokens=_tokens(example, found, texts) if asked.tokens else None,
+        turns=_turns_of_gold(example),
     )
     gold = GoldTokens(
         log_probs=found.log_probs, is_best=found.is_best, turns=turn_numbers(example), roles=gold_roles(example)

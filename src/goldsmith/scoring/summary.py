@@ -10,7 +10,7 @@ from goldsmith.data.truncation import Losses
 from goldsmith.scoring.display import data_frame, html_table, text_table
 from goldsmith.statistics import Interval
 
-__all__ = ["BREAKDOWNS", "InstructionDifficulty", "ScoreGroup", "ScoreSummary"]
+__all__ = ["BREAKDOWNS", "InstructionDifficulty", "ScoreGroup", "ScoreSummary", "lost_text"]
 
 # What the figures are broken down by, in the order in which they are shown.
 BREAKDOWNS = ("source", "role", "turn", "position", "length")
@@ -222,7 +222,7 @@ class ScoreSummary:
             figures.append(("", f"5, 25, 50, 75, 95% of examples lie below {bounds}"))
             figures.append(("", f"{_percent(self.difficulty.share_above_one)} of examples lie above 1"))
         if self.losses is not None and self.losses.rows_too_long:
-            figures.append(("rows too long", _lost(self.losses)))
+            figures.append(("rows too long", lost_text(self.losses)))
         return figures
 
     def _group_rows(self) -> list[tuple[str, list[list[str]]]]:
@@ -274,7 +274,8 @@ _TITLES = {
 }
 
 
-def _lost(losses: Losses) -> str:
+def lost_text(losses: Losses) -> str:
+    """What became of rows that were too long, and what that cost."""
     parts = {
         "dropped": losses.rows_dropped,
         "cut": losses.rows_cut,

@@ -268,7 +268,7 @@ def parts_of(scores: TokenScores, gold: GoldTokens | None = None) -> Parts:
 
     Args:
         scores: tells source, length, and tokens where it lists them.
-        gold: its gold tokens; by default the tokens of `scores`, if any, as one turn.
+        gold: its gold tokens; by default the tokens of `scores`, if any, with the turns that these tell, else as one turn.
     """
     num_best = -1
     parts: Parts = {}
@@ -282,11 +282,24 @@ def parts_of(scores: TokenScores, gold: GoldTokens | None = None) -> Parts:
                 parts["role", role] = (scores.log_prob, scores.num_target_tokens, int(np.count_nonzero(is_best)))
             else:
                 _add(parts, ("role", role), is_own, log_probs, is_best)
-    elif scores.tokens is not None:
+    elif scores.tokens is None:
+        # Of several turns the sums are not known.
+        if len(scores.turns) == 1:
+            [turn] = scores.turns
+            for key in (("role", turn.role), ("turn", _turn_label(turn.number))):
+                parts[key] = (scores.log_prob, scores.num_target_tokens, -1)
+    else:
         log_probs = np.array([token.log_prob for token in scores.tokens])
         ranks = [token.rank for token in scores.tokens]
         is_best = None if None in ranks else np.array(ranks) == 1
         turns = np.ones(len(log_probs), dtype=np.int64)
+        if scores.turns:
+            begins = [turn.begin for turn in scores.turns]
+            owners = np.searchsorted(begins, np.arange(len(log_probs)), side="right") - 1
+            turns = np.array([turn.number for turn in scores.turns])[owners]
+            roles = [turn.role for turn in scores.turns]
+            for role in dict.fromkeys(roles):
+                _add(parts, ("role", role), np.array([one == role for one in roles])[owners], log_probs, is_best)
     if is_best is not None:
         num_best = int(np.count_nonzero(is_best))
     whole = (scores.log_prob, scores.num_target_tokens, num_best)

@@ -24,7 +24,7 @@ from goldsmith.types import TokenScores
 
 __all__ = ["ScoreWriter"]
 
-_FORMAT = "goldsmith partial scores 2"
+_FORMAT = "goldsmith partial scores 3"
 
 
 class ScoreWriter:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import glob
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from goldsmith.data.config import Columns
+from goldsmith.data.truncation import LengthPolicy, Losses
 from goldsmith.errors import ConfigError
 from goldsmith.models.precision import DtypeName
 from goldsmith.scoring.compare import Comparison
-from goldsmith.scoring.files import read_scores
-from goldsmith.scoring.ranking import Ranking, Scores
+from goldsmith.scoring.files import stream_scores
+from goldsmith.scoring.ranking import Ranking
 from goldsmith.scoring.ranking import compare as compare_scores
+from goldsmith.scoring.summary import lost_text
 from goldsmith.workflows.materials import Rows
-from goldsmith.workflows.scoring import score
+from goldsmith.workflows.models import LENGTH_OPTIONS, open_model, row_limit_of, vocabulary_of
+from goldsmith.workflows.saying import RowCounter, Say
+from goldsmith.workflows.scoring import score_opened
 
 __all__ = ["compare", "compare_models"]
 
@@ -28,6 +34,8 @@ def compare(
     columns: Columns | None = None,
     limit: int | None = None,
     on_bad_row: Literal["stop", "skip"] = "stop",
+    max_length: int | None = None,
+    on_too_long: LengthPolicy | None = None,
     device: str = "auto",
     dtype: DtypeName = "auto",
     tokens_per_microbatch: int | None = None,
@@ -37,14 +45,20 @@ def compare(
 
     Args:
         subjects: what is a file is a score file, but for the last where something else is a model.
-        columns, limit, on_bad_row, device, dtype, tokens_per_microbatch, quiet: of scoring; see `score`.
+        columns, limit, on_bad_row, max_length, on_too_long, device, dtype, tokens_per_microbatch, quiet: of scoring; see
+            `compare_models`.
 
     Raises:
-        ConfigError: fewer than two to compare; models but no data.
+        ConfigError: fewer than two to compare; models but no data; a limit of rows, but score files only.
     """
     models = [subject for subject in subjects if not _is_file(subject)]
     if not models:
         _require_two(subjects)
+        if max_length is not None or on_too_long is not None:
+            raise ConfigError(
+                "--max-length and --on-too-long are of rows that are scored here, but only score files are given",
+                remedy="give them to goldsmith score, which writes these files",
+            )
         return compare_scores(*_as_scores(subjects))
     *named, data = subjects
     if not _is_file(data):
@@ -59,6 +73,8 @@ def compare(
         columns=columns,
         limit=limit,
         on_bad_row=on_bad_row,
+        max_length=max_length,
+        on_too_long=on_too_long,
         device=device,
         dtype=dtype,
         tokens_per_microbatch=tokens_per_microbatch,
@@ -72,6 +88,8 @@ def compare_models(
     columns: Columns | None = None,
     limit: int | None = None,
     on_bad_row: Literal["stop", "skip"] = "stop",
+    max_length: int | None = None,
+    on_too_long: LengthPolicy | None = None,
     device: str = "auto",
     dtype: DtypeName = "auto",
     tokens_per_microbatch: int | None = None,
@@ -83,38 +101,129 @@ def compare_models(
         models: each as in `score`, or a score file of the same gold.
         data: a file of gold, a glob, or rows in memory.
         columns, limit, on_bad_row, device, dtype, tokens_per_microbatch, quiet: as in `score`.
+        max_length, on_too_long: what is too long, and what becomes of it, the same for all models, so that all have the same
+            gold. By default the shortest of the models' limits, and `reject`, also where a model is a run that cut rows. What was
+            done stands in `notes` of the result.
 
     Raises:
         GoldsmithError: as `score` and `goldsmith.compare`.
+        ConfigError: `right` or `split`, which cut the gold by tokens, and models of different vocabularies.
     """
     _require_two(models)
     if len(set(models)) < len(models):
         raise ConfigError(f"a model is named twice: {', '.join(models)}", remedy="name each once")
+    for model in models:
+        if _is_file(model):  # hours of scoring would be lost
+            deque(stream_scores(model), maxlen=0)
     rows = data if isinstance(data, str) else list(data)
-    scores: list[Scores] = []
+    names = _short_names(models)
+    scored = {name: model for name, model in zip(names, models, strict=True) if not _is_file(model)}
+    cut = _same_for_all(scored, max_length=max_length, on_too_long=on_too_long)
+    losses: dict[str, Losses] = {}
+    files: list[str] = []
     with tempfile.TemporaryDirectory(prefix="goldsmith-compare-") as folder:
-        for number, model in enumerate(models):
-            if _is_file(model):
-                scores.append(read_scores(model))
+        for number, (name, model) in enumerate(zip(names, models, strict=True)):
+            if name not in scored:
+                files.append(model)
                 continue
-            output = Path(folder) / f"{number}.jsonl"
-            score(
+            opened = open_model(
                 model,
-                rows,
-                columns=columns,
-                with_tokens=True,
-                output=output,
-                limit=limit,
-                on_bad_row=on_bad_row,
-                # What one model's run cut the other's would not have: then they would be compared on other gold.
-                on_too_long="reject",
                 device=device,
                 dtype=dtype,
-                tokens_per_microbatch=tokens_per_microbatch,
-                quiet=quiet,
+                max_length=cut.max_length,
+                on_too_long=cut.policy,
+                end_token_after_cut=cut.end_token_after_cut,
+                length_options=LENGTH_OPTIONS,
             )
-            scores.append(read_scores(output))
-    return compare_scores(*scores, names=_short_names(models))
+            files.append(str(Path(folder) / f"{number}.jsonl"))
+            with opened.spool(
+                rows,
+                columns=columns,
+                on_bad_row=on_bad_row,
+                limit=limit,
+                folder=Path(folder),
+                note_row=RowCounter(Say(quiet=quiet), "read"),
+            ) as spool:
+                summary = score_opened(
+                    opened,
+                    spool,
+                    with_tokens=True,
+                    output=files[-1],
+                    tokens_per_microbatch=tokens_per_microbatch,
+                    quiet=quiet,
+                )
+            del opened
+            losses[name] = summary.losses or Losses()
+        found = compare_scores(*_as_scores(files), names=names)
+    return replace(found, notes=(*cut.notes, *_notes_of_losses(losses, cut)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cut:
+    """What is too long for all models alike, and what becomes of it.
+
+    Attributes:
+        whose: what set the limit.
+        notes: lines for who reads the result.
+    """
+
+    max_length: int | None
+    policy: LengthPolicy
+    end_token_after_cut: bool
+    whose: str
+    notes: tuple[str, ...]
+
+
+def _same_for_all(scored: Mapping[str, str], *, max_length: int | None, on_too_long: LengthPolicy | None) -> _Cut:
+    """The models' limits made one: the shortest.
+
+    Args:
+        scored: name -> model.
+
+    Raises:
+        ConfigError: gold would be cut by tokens, and the tokens are not the same.
+    """
+    policy: LengthPolicy = on_too_long or "reject"
+    limits = {name: row_limit_of(model) for name, model in scored.items()}
+    known = {name: tokens for name, limit in limits.items() if (tokens := limit.tokens(policy)) is not None}
+    shortest = min(known, key=lambda name: known[name], default=None)
+    if policy in ("right", "split"):
+        vocabularies = {name: vocabulary_of(model) for name, model in scored.items()}
+        first = next(iter(scored), "")
+        for name, vocabulary in vocabularies.items():
+            if vocabulary != vocabularies[first]:
+                raise ConfigError(
+                    f"on_too_long {policy} cuts the gold by tokens, and those of {first} and of {name} are not the same: "
+                    "they would be compared on other gold",
+                    remedy="--on-too-long reject or drop leaves such rows out, left shortens the context only",
+                )
+    of_runs = [limit.of_run for limit in limits.values()]
+    notes = []
+    if on_too_long is None:
+        for name, limit in limits.items():
+            if limit.of_run is not None and limit.of_run.on_too_long != "reject":
+                notes.append(
+                    f"{name} was trained with on_too_long: {limit.of_run.on_too_long}; here rows are compared whole, "
+                    "or rejected (--on-too-long)"
+                )
+    return _Cut(
+        max_length=max_length or (None if shortest is None else known[shortest]),
+        policy=policy,
+        end_token_after_cut=all(run is not None and run.end_token_after_cut for run in of_runs),
+        whose="--max-length" if max_length is not None or shortest is None else f"the limit of {shortest}",
+        notes=tuple(notes),
+    )
+
+
+def _notes_of_losses(losses: Mapping[str, Losses], cut: _Cut) -> list[str]:
+    """What the limit cost; one line where it is the same for all."""
+    shown = {name: lost_text(lost) for name, lost in losses.items() if lost.rows_too_long}
+    if not shown:
+        return []
+    what = f"rows longer than {cut.max_length:,} tokens ({cut.whose})"
+    if len(shown) == len(losses) and len(set(shown.values())) == 1:
+        return [f"{what}: {next(iter(shown.values()))}, alike for all"]
+    return [f"{what}, of {name}: {text}" for name, text in shown.items()]
 
 
 def _is_file(subject: str) -> bool:

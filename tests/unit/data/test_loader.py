@@ -137,7 +137,7 @@ def test_many_rejections_are_counted_and_few_are_shown(tmp_path: Path, bpe: PreT
         (
             '{"prompt": "p", "completion": "a b c d"}',
             {"max_length": 2},
-            "raise max_length where the model can take more",
+            "raise data.max_length where the model can take more",
         ),
     ],
 )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from goldsmith.errors import DataError
 from goldsmith.scoring.files import read_scores, score_from_json, score_to_json
 from goldsmith.scoring.parquet import write_parquet_rows
-from goldsmith.types import TokenScore, TokenScores
+from goldsmith.types import GoldTurn, TokenScore, TokenScores
 
 log_probs = st.floats(max_value=0.0, allow_nan=False, allow_infinity=False, min_value=-1e6)
 token_scores = st.builds(
@@ -31,8 +31,19 @@ token_scores = st.builds(
 
 
 @st.composite
+def any_turns(draw: st.DrawFn, count: int) -> tuple[GoldTurn, ...]:
+    begins = sorted({0, *draw(st.lists(st.integers(0, count - 1), max_size=3))})
+    numbers = sorted(draw(st.sets(st.integers(1, 99), min_size=len(begins), max_size=len(begins))))
+    return tuple(
+        GoldTurn(begin=begin, number=number, role=draw(st.text(max_size=3)))
+        for begin, number in zip(begins, numbers, strict=True)
+    )
+
+
+@st.composite
 def any_scores(draw: st.DrawFn) -> TokenScores:
     tokens = draw(st.none() | st.lists(token_scores, min_size=1, max_size=5).map(tuple))
+    num_target_tokens = draw(st.integers(0, 99)) if tokens is None else len(tokens)
     return TokenScores(
         example_id=draw(st.text()),
         source=draw(st.text()),
@@ -43,8 +54,9 @@ def any_scores(draw: st.DrawFn) -> TokenScores:
         context=draw(st.none() | st.text(max_size=9)),
         log_prob_without_context=draw(st.none() | log_probs),
         log_prob=draw(log_probs) if tokens is None else math.fsum(token.log_prob for token in tokens),
-        num_target_tokens=draw(st.integers(0, 99)) if tokens is None else len(tokens),
+        num_target_tokens=num_target_tokens,
         num_bytes=draw(st.integers(0, 99)),
+        turns=draw(st.just(()) | any_turns(num_target_tokens or 9)),
         tokens=tokens,
     )
 
@@ -136,6 +148,20 @@ def test_a_hair_above_zero_is_zero() -> None:
             '{"example_id": "a", "tokens": [{"log_prob": -1, "alternatives": [[1, 2, -1.0]]}]}',
             r"`tokens\[0\].alternatives` holds \[1, 2, -1.0\], not",
         ),
+        (
+            '{"example_id": "a", "log_prob": -1, "turns": [[0, 1]]}',
+            r"`turns` holds \[0, 1\], not \[begin, number, role\]",
+        ),
+        ('{"example_id": "a", "log_prob": -1, "turns": 5}', "`turns` holds 5, not"),
+        (
+            '{"example_id": "a", "log_prob": -1, "turns": [[1, 1, "user"]]}',
+            r"`turns` is \[\[1, 1, 'user'\]\], of 0 gold",
+        ),
+        (
+            '{"example_id": "a", "log_prob": -1, "num_target_tokens": 2, "turns": [[0, 1, "user"], [2, 2, "user"]]}',
+            "`turns` is .*, of 2 gold tokens",
+        ),
+        ('{"example_id": "a", "log_prob": -1, "turns": [[0, 2, "user"], [1, 2, "user"]]}', "`turns` is "),
         ('{"example_id": "first", "log_prob": -1}', "`example_id` 'first' was already on line 1"),
     ],
 )

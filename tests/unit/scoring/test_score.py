@@ -264,7 +264,7 @@ def all_scored(
 def summary_of(scored: list[ScoredExample]) -> ScoreSummary:
     tally = ScoreTally(1 + max(one.row for one in scored))
     for one in scored:
-        tally.add(one.scores, parts_of(one.scores, one.gold), row=one.row)
+        tally.add(one.scores, parts_of(one.scores, one.gold), row=one.row - scored[0].row)
     return tally.summary(num_resamples=50)
 
 
