@@ -34,6 +34,7 @@ __all__ = [
     "cut_left",
     "cut_right",
     "fit_row",
+    "rejected_whole",
     "shorten_context",
     "split_gold",
 ]
@@ -392,6 +393,16 @@ def _is_one_turn(example: TokenizedExample, first: int, last: int) -> bool:
         return True
     one, other = turn_indices(example, np.array([first, last])).tolist()
     return bool(one == other)
+
+
+def rejected_whole(source: str, num_tokens: int, max_length: int) -> Rejection:
+    """An example that is too long where nobody asked for a cut, and no recipe is at hand: as models are scored and asked."""
+    return Rejection(
+        source=source,
+        reason=TOO_LONG,
+        detail=f"{num_tokens} tokens, but max_length is {max_length}; shorten or remove the row, raise max_length where the model "
+        "can take more, or cut it: goldsmith score --on-too-long",
+    )
 
 
 def _rejection(row: Conversation | TokenizedExample, detail: str) -> Rejection:
