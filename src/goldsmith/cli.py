@@ -471,7 +471,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop an answer here if it has not ended.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the most probable token each time.")] = 0.0,
     top_p: Annotated[
-        float, typer.Option(max=1.0, help="Sample from the likeliest tokens that hold this much probability; above 0.")
+        float, typer.Option(max=1.0, help="Above 0: sample from the likeliest tokens that hold this much.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers made at a time.")] = 32,
