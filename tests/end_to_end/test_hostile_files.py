@@ -71,7 +71,7 @@ def here(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatc
         ("inspect recipe.yaml --no-measure --html folder", 7, "'folder' cannot be written: it is a folder"),
         ("inspect recipe.yaml --no-measure --html nowhere/page.html", 7, "No such file or directory"),
         ("generate model -p 1 --top-p 0", 2, "top_p: Input should be greater than 0, but 0.0 was given"),
-        ("generate model -p 1 --temperature nan", 2, "temperature: Input should be a finite number"),
+        ("generate model -p 1 --temperature inf", 2, "temperature: Input should be a finite number"),
         (
             "generate model long.jsonl",
             3,
