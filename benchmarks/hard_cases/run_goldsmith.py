@@ -45,9 +45,7 @@ def observe(case: Case) -> dict[str, Any]:
             {"train": "rows.jsonl", "max_length": case.max_length, **sections.get("data", {})}
         )
         rendering = RenderingConfig.model_validate(sections.get("rendering", {}))
-        renderer = Renderer(
-            make_tokenizer(case), rendering, case.max_length, keeps_long_rows=config.on_too_long != "reject"
-        )
+        renderer = Renderer(make_tokenizer(case), rendering, case.max_length, keeps_long_rows=True)
         try:
             data = load_dataset(config.train, config=config, renderer=renderer, split="train", base_folder=folder)
         except GoldsmithError as error:

@@ -468,11 +468,11 @@ def inspect(
     )
 
 
-@_command("Let a model answer, and check it against the gold where there is some.")
+@_command("Let a model answer, and check it against the gold.")
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder, a run folder, or a hub id.")],
     data: Annotated[
-        str | None, typer.Argument(metavar="[DATA]", help="A file of prompts, with gold or without.")
+        str | None, typer.Argument(metavar="[DATA]", help="A file of rows with gold, which the model is not shown.")
     ] = None,
     prompts: Annotated[
         list[str] | None,
@@ -484,7 +484,9 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop an answer here if it has not ended.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the most probable token each time.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from the smallest set of this mass.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(max=1.0, help="Above 0: sample from the likeliest tokens that hold this much.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers made at a time.")] = 32,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of DATA.")] = None,
@@ -495,7 +497,7 @@ def generate(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> Result:
-    """Decode answers of MODEL to the prompts of DATA or to --prompt; with gold: exact match and edit rates.
+    """Decode answers of MODEL to the rows of DATA, with exact match and edit rates against their gold; or to --prompt.
 
     \b
     Example:

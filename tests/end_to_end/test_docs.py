@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 import yaml
 
+from goldsmith.cli import app
 from goldsmith.recipe import load_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -24,6 +26,11 @@ DOCS = REPOSITORY / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 # To write docs/recipe.md anew: GOLDSMITH_WRITE_DOCS=1 pytest tests/end_to_end/test_docs.py
 WRITE = os.environ.get("GOLDSMITH_WRITE_DOCS") == "1"
+# Of each command, in every spelling.
+OPTIONS = {
+    name: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    for name, command in typer.main.get_command(app).commands.items()  # type: ignore[attr-defined]
+}
 
 
 def script(path: Path) -> ModuleType:
@@ -61,6 +68,32 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
             assert DOCS in file.resolve().parents, f"{page.name}: {target} is no part of the site"
         if anchor and not anchor.startswith("goldsmith."):  # those are of docstrings, which the site's build checks
             assert anchor in anchors(file.read_text(encoding="utf-8")), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, REPOSITORY / "README.md"], ids=lambda page: page.name)
+def test_commands_have_the_options_that_they_are_given(page: Path) -> None:
+    for line in re.findall(r"^ *\$? ?goldsmith ([^\n]+)", page.read_text(encoding="utf-8"), re.MULTILINE):
+        command, *words = line.split("#")[0].split()
+        if command in OPTIONS:  # else a sentence that begins with the name
+            assert {word for word in words if word.startswith("-")} <= OPTIONS[command], f"{page.name}: {line}"
+
+
+def test_every_option_of_a_command_stands_in_some_page() -> None:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in [*PAGES, REPOSITORY / "README.md"])
+    named = set(re.findall(r"--[a-z][\w-]*", text))
+    options = {option for command in OPTIONS.values() for option in command if option.startswith("--")}
+    assert options - named - {"--measure"} == set()  # the default of --no-measure
+
+
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES, *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"))],
+    ids=lambda page: page.name if page.parent == DOCS else str(page.relative_to(REPOSITORY)),
+)
+def test_every_file_that_a_page_names_is_there(page: Path) -> None:
+    for code in re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")):
+        for name in re.findall(r"(?<![\w/])(?:tests|benchmarks|src|design|docs)/[\w./-]+\w(?![\w/]*[*A-Z])", code):
+            assert (REPOSITORY / name).exists(), f"{page.name}: {name}"
 
 
 def test_every_page_is_in_the_navigation() -> None:

@@ -21,6 +21,7 @@ def here(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatc
     shutil.copytree(tiny_model_folder, "model")
     Path("gold.jsonl").write_text(GOLD)
     Path("link.jsonl").symlink_to("gold.jsonl")
+    Path("long.jsonl").write_text(json.dumps({"prompt": "1 " * 2000, "completion": "2"}) + "\n")
     Path("folder").mkdir()
     Path("run").mkdir()
     Path("run/recipe.yaml").write_bytes(b"\xff\xfe\x00")
@@ -69,6 +70,9 @@ def here(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatc
         (f"report --scores scores.jsonl -o {'x' * 300}.html", 7, "File name too long"),
         ("inspect recipe.yaml --no-measure --html folder", 7, "'folder' cannot be written: it is a folder"),
         ("inspect recipe.yaml --no-measure --html nowhere/page.html", 7, "No such file or directory"),
+        ("generate model -p 1 --top-p 0", 2, "top_p: Input should be greater than 0, but 0.0 was given"),
+        ("generate model -p 1 --temperature inf", 2, "temperature: Input should be a finite number"),
+        ("generate model long.jsonl", 3, "shorten or remove the row"),
         ("generate model -p 1 --max-new-tokens 1 -o folder", 7, "'folder' cannot be written"),
     ],
 )

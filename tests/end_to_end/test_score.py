@@ -134,6 +134,14 @@ def test_rows_are_dropped_by_a_flag_and_the_loss_is_told(tiny_model_folder: Path
     assert values["num_examples"] == 9
     assert values["losses"]["dropped"] == values["losses"]["too_long"] == 21
     assert values["losses"]["gold_tokens_lost"] == 3 * 21
+    assert values["rejected"] == {}
+
+
+def test_rows_that_are_skipped_are_counted(tiny_model_folder: Path) -> None:
+    summary = goldsmith.score(str(tiny_model_folder), "gold.jsonl", max_length=10, on_bad_row="skip")
+    assert summary.num_examples == 9
+    assert summary.to_json()["rejected"] == {"longer than max_length": 21}
+    assert "rows skipped     21 longer than max_length" in str(summary)
 
 
 def test_a_bad_row_at_the_end_is_told_before_anything_is_scored(

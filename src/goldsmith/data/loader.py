@@ -22,7 +22,7 @@ from goldsmith.data.rendering import Renderer
 from goldsmith.data.rows import Rejection, Row, shorten
 from goldsmith.data.sources import SourcePart, SourceReader, memory_part
 from goldsmith.data.spool import ExampleSpool
-from goldsmith.data.truncation import TOO_LONG, LengthOptions, Losses
+from goldsmith.data.truncation import TOO_LONG, LengthOptions, Losses, rejected_whole
 from goldsmith.errors import ConfigError, DataError
 from goldsmith.records import DataReport, FileReport
 from goldsmith.types import Conversation, Message, TokenizedExample
@@ -271,12 +271,7 @@ def _own_tokens(
     """A row that came tokenised, its gold measured; a rejection where it is too long."""
     limit = renderer.max_length
     if not renderer.keeps_long_rows and limit is not None and example.num_tokens > limit:
-        return Rejection(
-            source=example.source,
-            reason="longer than max_length",
-            detail=f"{example.num_tokens} tokens, but max_length is {limit}; shorten or remove the row"
-            f"{renderer.length_options.raise_or_cut}",
-        )
+        return rejected_whole(example.source, example.num_tokens, limit, renderer.length_options)
     num_bytes = 0
     for begin, end in gold_runs(example.target_weights):
         ids = example.token_ids[begin:end].tolist()

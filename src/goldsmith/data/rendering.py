@@ -20,7 +20,7 @@ from goldsmith.data.encoding import Encoder
 from goldsmith.data.plain_rendering import PlainRenderer
 from goldsmith.data.rendering_config import RenderingConfig, template_text
 from goldsmith.data.rows import Rejection
-from goldsmith.data.truncation import LengthOptions
+from goldsmith.data.truncation import LengthOptions, rejected_whole
 from goldsmith.errors import DataError
 from goldsmith.types import Conversation, TokenizedExample
 
@@ -114,7 +114,7 @@ class Renderer:
         """One entry a conversation, in order: its examples, or why it has none.
 
         Several examples where a chat is expanded; their ids are `example_id@turn`, the gold turns counted from 1.
-        A row is never cut: one that is longer than `max_length` is rejected.
+        Nothing is cut here: an example that is longer than `max_length` rejects its row, unless `keeps_long_rows` leaves it in.
 
         Raises:
             ConfigError: a chat, but no template; or an end token is to be appended and the tokenizer has none.
@@ -162,12 +162,7 @@ class Renderer:
 
     def _example(self, conversation: Conversation, draft: Draft) -> TokenizedExample | Rejection:
         if not self.keeps_long_rows and self.max_length is not None and len(draft.token_ids) > self.max_length:
-            return Rejection(
-                source=conversation.source,
-                reason="longer than max_length",
-                detail=f"{len(draft.token_ids)} tokens, but max_length is {self.max_length}; shorten or remove the row"
-                f"{self.length_options.raise_or_cut}",
-            )
+            return rejected_whole(conversation.source, len(draft.token_ids), self.max_length, self.length_options)
         return TokenizedExample(
             token_ids=np.array(draft.token_ids, dtype=np.int32),
             target_weights=draft.target_weights,

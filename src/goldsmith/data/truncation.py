@@ -35,6 +35,7 @@ __all__ = [
     "cut_left",
     "cut_right",
     "fit_row",
+    "rejected_whole",
     "shorten_context",
     "split_gold",
 ]
@@ -422,6 +423,15 @@ def _turn_end(example: TokenizedExample, position: int) -> int:
         if following < len(example.turns):
             return example.turns[following].begin - 1
     return example.num_tokens - 1
+
+
+def rejected_whole(source: str, num_tokens: int, max_length: int, options: LengthOptions) -> Rejection:
+    """An example that is too long where nothing may be cut."""
+    return Rejection(
+        source=source,
+        reason=TOO_LONG,
+        detail=f"{num_tokens} tokens, but max_length is {max_length}; shorten or remove the row{options.raise_or_cut}",
+    )
 
 
 def _rejection(row: Conversation | TokenizedExample, detail: str) -> Rejection:

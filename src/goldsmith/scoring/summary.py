@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from goldsmith.data.truncation import Losses
@@ -96,6 +97,7 @@ class ScoreSummary:
         weighted_nll: -weighted_log_prob / weight_sum, a training run's evaluation nll on the same data.
         difficulty: where the gold was scored without its context too.
         losses: what rows longer than the limit cost, where the rows were read here: none of their lost gold is in any figure.
+        rejected: rows that could not be used and were skipped, by reason, where the rows were read here.
         groups: the figures broken down; a breakdown of which there is one part only is left out, but for `role`.
         output: the score file, where one was written.
     """
@@ -115,6 +117,7 @@ class ScoreSummary:
     difficulty: InstructionDifficulty | None = None
     groups: tuple[ScoreGroup, ...] = ()
     losses: Losses | None = None
+    rejected: Mapping[str, int] = field(default_factory=dict)
     output: str | None = None
 
     @property
@@ -160,6 +163,7 @@ class ScoreSummary:
             "difficulty": None if self.difficulty is None else self.difficulty.to_json(),
             "groups": [group.to_json() for group in self.groups],
             "losses": None if self.losses is None else self.losses.of_report(),
+            "rejected": dict(self.rejected),
             "output": self.output,
         }
 
@@ -223,6 +227,9 @@ class ScoreSummary:
             figures.append(("", f"{_percent(self.difficulty.share_above_one)} of examples lie above 1"))
         if self.losses is not None and self.losses.rows_too_long:
             figures.append(("rows too long", lost_text(self.losses)))
+        if self.rejected:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.rejected.items())
+            figures.append(("rows skipped", reasons))
         return figures
 
     def _group_rows(self) -> list[tuple[str, list[list[str]]]]:

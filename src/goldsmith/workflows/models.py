@@ -353,20 +353,28 @@ def generate(
     revision: str | None = None,
     quiet: bool = True,
 ) -> Answers:
-    """Let a model answer the prompts of a file or of `prompts`; with gold, also how near the answers come.
+    """Let a model answer the rows of a file, and say how near it comes to their gold; or let it answer `prompts`.
 
     Args:
-        data: a file of rows with gold, as for training; the gold is not shown to the model.
+        data: a file of rows with gold, as for training; the gold is not shown to the model. Without gold give `prompts`.
         prompts: in place of `data`; with a chat model each is one user message.
 
     Raises:
-        ConfigError: both or neither of `data` and `prompts`; `output` is one of the files that are read.
+        ConfigError: both or neither of `data` and `prompts`; a setting out of its range; `output` is one of the files that
+            are read.
     """
     if (data is None) == (not prompts):
         raise ConfigError("generate wants data or prompts, and not both", remedy="give one of them")
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size
-    )
+    try:
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ConfigError(
+            f"{first['loc'][0]}: {first['msg']}, but {first['input']!r} was given",
+            remedy="see goldsmith generate --help",
+        ) from error
     if output is not None:
         require_no_input(output, files_of_model(model), writes="the answers")
     opened = open_model(model, device=device, dtype=dtype, revision=revision)

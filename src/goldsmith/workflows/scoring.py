@@ -178,7 +178,8 @@ def score_opened(
             show(done)
         if writer is not None:
             writer.finish()
-    summary = replace(tally.summary(), losses=Losses.of_files(spool.report.files))
+    report = spool.report
+    summary = replace(tally.summary(), losses=Losses.of_files(report.files), rejected=report.rejected)
     return summary if output is None else replace(summary, output=str(output))
 
 

@@ -46,6 +46,15 @@ def test_goldsmith_is_right(name: str, observed: dict[str, Any]) -> None:
     assert judged.name == "right", judged.shown
 
 
+# Of the others the last digits are the machine's.
+@pytest.mark.parametrize(
+    "name", [name for name, case in CASES.items() if not isinstance(case.right, PROGRAMS["cases"].Same)]
+)
+def test_the_page_says_what_goldsmith_does(name: str, observed: dict[str, Any]) -> None:
+    shown = PROGRAMS["compare"].judge(CASES[name], observed[name]).shown
+    assert f"**right**. {shown}" in (REPOSITORY / "docs" / "hard_cases.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_judge_tells_a_wrong_answer(name: str, observed: dict[str, Any]) -> None:
     case, seen = CASES[name], observed[name]
