@@ -72,6 +72,15 @@ JsonOption = Annotated[
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[DtypeName, typer.Option(help="What is computed in; auto: float32 on a CPU, bfloat16 on a GPU.")]
+RenderingOption = Annotated[
+    str | None,
+    typer.Option(
+        "--rendering",
+        metavar="RUN",
+        help="Render rows as this run did (its separator, chat template and columns), so that a base model is given what the "
+        "tuned one was.",
+    ),
+]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit, where MODEL is a hub id.")]
 ColumnsOption = Annotated[
     list[str] | None,
@@ -297,6 +306,7 @@ def score(
             "default: what the run did where MODEL is one, else reject.",
         ),
     ] = None,
+    rendering: RenderingOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
@@ -312,6 +322,7 @@ def score(
     Example:
       goldsmith score runs/legal/model test.jsonl --tokens --output scores.jsonl
       goldsmith score runs/legal test.jsonl --alternatives 5 --output scores.parquet
+      goldsmith score base-model test.jsonl --rendering runs/legal --output base.jsonl
       goldsmith score HuggingFaceTB/SmolLM2-135M gsm8k.jsonl --columns prompt=question --columns completion=answer
     """
     from goldsmith import workflows
@@ -328,6 +339,7 @@ def score(
         on_bad_row="skip" if skip_bad_rows else "stop",
         max_length=max_length,
         on_too_long=on_too_long,
+        rendering=rendering,
         device=device,
         dtype=dtype,
         revision=revision,
@@ -360,6 +372,7 @@ def compare(
             "as in training.",
         ),
     ] = None,
+    rendering: RenderingOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     tokens_per_microbatch: BudgetOption = None,
@@ -391,6 +404,7 @@ def compare(
         on_bad_row="skip" if skip_bad_rows else "stop",
         max_length=max_length,
         on_too_long=on_too_long,
+        rendering=rendering,
         device=device,
         dtype=dtype,
         tokens_per_microbatch=tokens_per_microbatch,

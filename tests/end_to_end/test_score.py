@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import goldsmith
+from goldsmith import workflows
 from goldsmith.cli import app
 from goldsmith.errors import ConfigError, DataError, MachineError
 from goldsmith.recipe import Recipe
@@ -58,6 +60,42 @@ def settings_of_a_run() -> dict[str, Any]:
         "optimizer": {"learning_rate": 0.01},
         "output_dir": "runs/it",
     }  # fmt: skip
+
+
+def test_a_base_model_is_given_what_the_tuned_one_was(here: Path) -> None:
+    """`rendering` takes separator, chat template and columns of a run: the same weights in a folder then give the same numbers."""
+    for name, own, rows in (
+        ("plain", {"separator": " is "}, [{"q": row["prompt"], "completion": row["completion"]} for row in ROWS]),
+        ("chat", {"chat_template": "chatml"}, [
+            {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
+            for row in ROWS
+        ]),
+    ):  # fmt: skip
+        (here / "gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings = settings_of_a_run() | {"rendering": own, "output_dir": f"runs/{name}"}
+        if name == "plain":
+            settings["data"] |= {"columns": {"prompt": "q"}}
+        else:  # a new tokenizer learns the template's control tokens; what is compared has another one, without a template
+            settings["model"]["init"]["max_position_embeddings"] = 256
+        goldsmith.train(Recipe.from_mapping(settings), quiet=True)
+        run = f"runs/{name}"
+        base = Path(shutil.copytree(f"{run}/model", f"base-{name}"))
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.chat_template = None
+        (base / "chat_template.jinja").unlink(missing_ok=True)
+        tokenizer.save_pretrained(base)
+        tuned = goldsmith.score(run, "gold.jsonl", with_tokens=True, output="tuned.jsonl")
+        as_tuned = goldsmith.score(str(base), "gold.jsonl", rendering=run, with_tokens=True, output="base.jsonl")
+        assert as_tuned.log_prob == tuned.log_prob
+        assert Path("base.jsonl").read_bytes() == Path("tuned.jsonl").read_bytes()
+        found = workflows.compare(str(base), run, "gold.jsonl", rendering=run)
+        assert isinstance(found, Comparison)
+        assert found.num_other_contexts == 0
+        assert found.mean_difference.estimate == 0.0
+    with pytest.raises(ConfigError, match=r"base-plain is no run: it has no recipe\.yaml"):
+        goldsmith.score("runs/plain", "gold.jsonl", rendering="base-plain")
+    with pytest.raises(ConfigError, match="only score files are given"):
+        workflows.compare("base.jsonl", "tuned.jsonl", rendering="runs/chat")
 
 
 def test_the_weighted_sum_is_the_runs_last_evaluation(here: Path) -> None:

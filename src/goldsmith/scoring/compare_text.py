@@ -50,7 +50,7 @@ def _heading(comparison: Comparison) -> str:
     if comparison.num_other_contexts:
         lines.append(
             f"careful: the context differs on {plural(comparison.num_other_contexts, 'example')}: "
-            "the rows were rendered otherwise (a separator, a chat template)"
+            "the rows were rendered otherwise (a separator, a chat template); --rendering RUN gives all the same"
         )
     if comparison.num_differently_tokenized:
         lines.append(

@@ -36,6 +36,7 @@ def compare(
     on_bad_row: Literal["stop", "skip"] = "stop",
     max_length: int | None = None,
     on_too_long: LengthPolicy | None = None,
+    rendering: str | None = None,
     device: str = "auto",
     dtype: DtypeName = "auto",
     tokens_per_microbatch: int | None = None,
@@ -45,8 +46,8 @@ def compare(
 
     Args:
         subjects: what is a file is a score file, but for the last where something else is a model.
-        columns, limit, on_bad_row, max_length, on_too_long, device, dtype, tokens_per_microbatch, quiet: of scoring; see
-            `compare_models`.
+        columns, limit, on_bad_row, max_length, on_too_long, rendering, device, dtype, tokens_per_microbatch, quiet: of scoring;
+            see `compare_models`.
 
     Raises:
         ConfigError: fewer than two to compare; models but no data; a limit of rows, but score files only.
@@ -54,9 +55,9 @@ def compare(
     models = [subject for subject in subjects if not _is_file(subject)]
     if not models:
         _require_two(subjects)
-        if max_length is not None or on_too_long is not None:
+        if max_length is not None or on_too_long is not None or rendering is not None:
             raise ConfigError(
-                "--max-length and --on-too-long are of rows that are scored here, but only score files are given",
+                "--max-length, --on-too-long and --rendering are of rows that are scored here, but only score files are given",
                 remedy="give them to goldsmith score, which writes these files",
             )
         return compare_scores(*_as_scores(subjects))
@@ -75,6 +76,7 @@ def compare(
         on_bad_row=on_bad_row,
         max_length=max_length,
         on_too_long=on_too_long,
+        rendering=rendering,
         device=device,
         dtype=dtype,
         tokens_per_microbatch=tokens_per_microbatch,
@@ -90,6 +92,7 @@ def compare_models(
     on_bad_row: Literal["stop", "skip"] = "stop",
     max_length: int | None = None,
     on_too_long: LengthPolicy | None = None,
+    rendering: str | None = None,
     device: str = "auto",
     dtype: DtypeName = "auto",
     tokens_per_microbatch: int | None = None,
@@ -104,6 +107,7 @@ def compare_models(
         max_length, on_too_long: what is too long, and what becomes of it, the same for all models, so that all have the same
             gold. By default the shortest of the models' limits, and `reject`, also where a model is a run that cut rows. What was
             done stands in `notes` of the result.
+        rendering: a run whose separator, template and columns all models are given; by default each has its own.
 
     Raises:
         GoldsmithError: as `score` and `goldsmith.compare`.
@@ -134,6 +138,7 @@ def compare_models(
                 on_too_long=cut.policy,
                 end_token_after_cut=cut.end_token_after_cut,
                 length_options=LENGTH_OPTIONS,
+                rendering=rendering,
             )
             files.append(str(Path(folder) / f"{number}.jsonl"))
             with opened.spool(

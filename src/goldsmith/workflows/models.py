@@ -30,7 +30,7 @@ from goldsmith.models.precision import DtypeName, parameter_dtype, resolve_devic
 from goldsmith.models.proof import prove
 from goldsmith.models.quantized import has_packed_weights
 from goldsmith.models.randomness import silence_randomness
-from goldsmith.recipe import load_recipe
+from goldsmith.recipe import Recipe, load_recipe
 from goldsmith.report.run_files import RECIPE
 from goldsmith.storage import require_no_input, write_asked_file
 from goldsmith.training.checkpoint import load_weights
@@ -157,6 +157,7 @@ def open_model(
     on_too_long: LengthPolicy | None = "reject",
     end_token_after_cut: bool | None = None,
     length_options: LengthOptions = _NO_OPTIONS,
+    rendering: str | None = None,
 ) -> OpenModel:
     """Load a model or adapter folder, a hub id, a run's result or a checkpoint; refuse what packed attention does not compute.
 
@@ -168,19 +169,20 @@ def open_model(
         on_too_long: what becomes of a longer row; None: as the run's recipe says, `reject` where there is no run.
         end_token_after_cut: see `LengthLimit`; None: as the run's recipe says, else no.
         length_options: what messages call the limit and the policy, where the caller has them.
+        rendering: a run, or a checkpoint of one, whose separator, template and columns are taken instead, so that a base model is
+            given what the tuned one was.
 
     Raises:
         ModelError: not found, damaged, or refused by the proof.
         MachineError: a run folder without a result yet.
     """
-    folder, rendering, columns = path, RenderingConfig(), None
+    folder, config, columns = path, RenderingConfig(), None
     length = DataConfig()
     parts_share_weight = False
     run, is_checkpoint = _run_of(path)
     recipe = load_recipe(run / RECIPE, of_run=True) if (run / RECIPE).is_file() else None
     if recipe is not None:
-        rendering = recipe.rendering
-        columns = recipe.data.columns or (recipe.data.train[0].columns if recipe.data.train else None)
+        config, columns = recipe.rendering, _columns_of(recipe)
         length = recipe.data
         parts_share_weight = recipe.objective.normalization == "example"
         folder = str(run / "model")
@@ -206,9 +208,11 @@ def open_model(
         causal_lm = load_causal_lm(folder, revision=revision, dtype=dtype, device=device)
         tokenizer_path, tokenizer_revision = tokenizer_folder(folder, revision=revision)
         tokenizer = load_tokenizer(tokenizer_path, revision=tokenizer_revision)
-    if rendering.chat_template is not None and tokenizer.chat_template is not None:
+    if config.chat_template is not None and tokenizer.chat_template is not None:
         # The run gave its tokenizer the template that it trained with; the file may be gone, or another by now.
-        rendering = rendering.model_copy(update={"chat_template": None, "control_tokens": ()})
+        config = config.model_copy(update={"chat_template": None, "control_tokens": ()})
+    if rendering is not None:
+        config, columns = _rendered_as(rendering, tokenizer)
     silence_randomness(causal_lm)
     proof = prove(causal_lm.config, name=path)
     policy = on_too_long or length.on_too_long
@@ -218,9 +222,7 @@ def open_model(
         name=path,
         model=LikelihoodModel(causal_lm, compute_dtype=_scoring_dtype(dtype)).eval(),
         tokenizer=tokenizer,
-        renderer=Renderer(
-            tokenizer, rendering, limit, keeps_long_rows=policy != "reject", length_options=length_options
-        ),
+        renderer=Renderer(tokenizer, config, limit, keeps_long_rows=policy != "reject", length_options=length_options),
         columns=columns,
         shares_contexts=proof.shares_contexts,
         on_too_long=policy,
@@ -271,6 +273,24 @@ def _run_of(path: str) -> tuple[Path, bool]:
     """The run folder that it may be, or be a checkpoint of; and whether it is a checkpoint."""
     is_checkpoint = (Path(path) / "state.json").is_file()
     return (Path(path).resolve().parent.parent if is_checkpoint else Path(path)), is_checkpoint
+
+
+def _columns_of(recipe: Recipe) -> Columns | None:
+    return recipe.data.columns or (recipe.data.train[0].columns if recipe.data.train else None)
+
+
+def _rendered_as(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[RenderingConfig, Columns | None]:
+    """The rendering and the columns of a run; its template, if it has one, is given to the tokenizer."""
+    run, _ = _run_of(path)
+    if not (run / RECIPE).is_file():
+        raise ConfigError(f"rendering: {path} is no run: it has no {RECIPE}", remedy="name a run folder")
+    recipe = load_recipe(run / RECIPE, of_run=True)
+    config = recipe.rendering
+    template = load_tokenizer(str(run / TOKENIZER)).chat_template
+    if template is not None:
+        tokenizer.chat_template = template
+        config = config.model_copy(update={"chat_template": None})
+    return config, _columns_of(recipe)
 
 
 def files_of_model(path: str) -> list[tuple[str, Path]]:

@@ -51,6 +51,7 @@ def score(
     on_bad_row: Literal["stop", "skip"] = "stop",
     max_length: int | None = None,
     on_too_long: LengthPolicy | None = None,
+    rendering: str | None = None,
     device: str = "auto",
     dtype: DtypeName = "auto",
     revision: str | None = None,
@@ -72,6 +73,7 @@ def score(
         max_length, on_too_long: what is too long, and what becomes of it: `reject`, `drop`, `left`, `right` or `split`, as in
             training. By default what the run did, where the model is one of a run that does not reject; else rows that the model
             cannot take are rejected.
+        rendering: a run whose separator, template and columns are taken in place of the model's own; see `open_model`.
         tokens_per_microbatch: tokens that go through the model at a time; changes a number by rounding only.
         quiet: no progress on standard error; else it tells how many rows were read, and then scored.
 
@@ -91,6 +93,7 @@ def score(
         revision=revision,
         max_length=max_length,
         on_too_long=on_too_long,
+        rendering=rendering,
         length_options=LENGTH_OPTIONS,
     )
     beside = None if output is None or not Path(output).absolute().parent.is_dir() else Path(output).absolute().parent
