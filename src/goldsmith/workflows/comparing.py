@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from goldsmith.data.config import Columns
-from goldsmith.data.truncation import LengthPolicy, Losses
+from goldsmith.data.truncation import TOO_LONG, LengthPolicy, Losses
 from goldsmith.errors import ConfigError
 from goldsmith.models.precision import DtypeName
 from goldsmith.scoring.compare import Comparison
@@ -123,7 +123,7 @@ def compare_models(
     names = _short_names(models)
     scored = {name: model for name, model in zip(names, models, strict=True) if not _is_file(model)}
     cut = _same_for_all(scored, max_length=max_length, on_too_long=on_too_long)
-    losses: dict[str, Losses] = {}
+    costs: dict[str, str] = {}
     files: list[str] = []
     with tempfile.TemporaryDirectory(prefix="goldsmith-compare-") as folder:
         for number, (name, model) in enumerate(zip(names, models, strict=True)):
@@ -158,9 +158,12 @@ def compare_models(
                     quiet=quiet,
                 )
             del opened
-            losses[name] = summary.losses or Losses()
+            lost = summary.losses or Losses()
+            # Without a policy that keeps them, the renderer rejects such rows, and what they lost is not counted.
+            rejected = spool.report.rejected.get(TOO_LONG, 0)
+            costs[name] = f"{rejected:,} rejected" if rejected else lost_text(lost) if lost.rows_too_long else ""
         found = compare_scores(*_as_scores(files), names=names)
-    return replace(found, notes=(*cut.notes, *_notes_of_losses(losses, cut)))
+    return replace(found, notes=(*cut.notes, *_notes_of_costs(costs, cut)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,13 +223,13 @@ def _same_for_all(scored: Mapping[str, str], *, max_length: int | None, on_too_l
     )
 
 
-def _notes_of_losses(losses: Mapping[str, Losses], cut: _Cut) -> list[str]:
+def _notes_of_costs(costs: Mapping[str, str], cut: _Cut) -> list[str]:
     """What the limit cost; one line where it is the same for all."""
-    shown = {name: lost_text(lost) for name, lost in losses.items() if lost.rows_too_long}
+    shown = {name: cost for name, cost in costs.items() if cost}
     if not shown:
         return []
     what = f"rows longer than {cut.max_length:,} tokens ({cut.whose})"
-    if len(shown) == len(losses) and len(set(shown.values())) == 1:
+    if len(shown) == len(costs) and len(set(shown.values())) == 1:
         return [f"{what}: {next(iter(shown.values()))}, alike for all"]
     return [f"{what}, of {name}: {text}" for name, text in shown.items()]
 
