@@ -164,7 +164,7 @@ def test_rows_that_were_all_left_out_for_their_length_are_counted(
     assert f"{total} of {total} rows of data.train cannot be used" in str(error.value)
     assert "longer than max_length: 2 rows" in str(error.value)
     assert error.value.remedy is not None
-    assert "raise max_length where the model can take more" in error.value.remedy
+    assert "raise data.max_length where the model can take more" in error.value.remedy
 
 
 def test_limits_repeats_and_weights(tmp_path: Path, write_rows: Write, bpe: PreTrainedTokenizerFast) -> None:

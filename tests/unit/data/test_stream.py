@@ -196,7 +196,7 @@ def test_a_stream_without_a_row_to_use(tmp_path: Path, write_rows: Write) -> Non
 def test_a_stream_of_which_every_row_is_left_out_for_its_length(tmp_path: Path, write_rows: Write) -> None:
     write_rows([{"prompt": "p", "completion": "many words"}] * 3, "a.jsonl")
     stream = open_stream(tmp_path, {"path": "a.jsonl", "window": 2}, on_too_long="drop", max_length=4)
-    with pytest.raises(DataError, match=r"can be used: longer than max_length: 3\n.*raise max_length"):
+    with pytest.raises(DataError, match=r"can be used: longer than max_length: 3\n.*raise data.max_length"):
         stream.step(1)
 
 
