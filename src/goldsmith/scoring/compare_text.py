@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import TYPE_CHECKING
 
 from goldsmith.scoring.display import text_table
@@ -125,7 +126,9 @@ def _counts(comparison: Comparison) -> str:
     )
     if comparison.wins + comparison.losses:
         of_what = "" if comparison.num_rows == comparison.num_shared else f" of {comparison.num_rows:,} rows"
-        lines[-1] += f"; sign test{of_what}: p = {comparison.sign_p:.2g}"
+        # Below what a float holds it comes out as 0, which no chance is.
+        shown_p = f"= {comparison.sign_p:.2g}" if comparison.sign_p > 0 else f"< {sys.float_info.min:.0e}"
+        lines[-1] += f"; sign test{of_what}: p {shown_p}"
     if comparison.num_starts_known:
         (start_a, start_b), (back_a, back_b) = comparison.starts, comparison.comebacks
         of = (

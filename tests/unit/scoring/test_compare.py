@@ -297,6 +297,17 @@ def test_the_sign_test_counts_rows_and_no_ties() -> None:
     assert compare(a, a).sign_p == 1.0
 
 
+def test_a_chance_below_what_a_float_holds_is_not_shown_as_none() -> None:
+    worse, better = (
+        [
+            TokenScores(example_id=str(n), source="", log_prob=value, num_target_tokens=1, num_bytes=1)
+            for n in range(1200)
+        ]
+        for value in (-2.0, -1.0)
+    )
+    assert "sign test: p < 2e-308" in str(compare(worse, better))
+
+
 def test_other_tokens_are_never_compared_per_token() -> None:
     a = scores_from_probabilities({"x": [("New", 0.6), (" York", 0.8)], "y": [("ab", 0.5), ("c", 0.5)]})
     b = scores_from_probabilities({"x": [("New York", 0.4)], "y": [("a", 0.5), ("bc", 0.5)]})
