@@ -41,6 +41,8 @@ ENVIRONMENT = HERE / ".venv-lm-eval"
 # Name -> pairs, enough for seconds.
 WORKLOADS = {"stories": 480, "gsm8k-135m": 48, "shared-prompt": 32}
 TOLERANCE_NATS = 1e-4
+# Of pairs that are cut into other tokens, so many are kept beside the page.
+SHOWN_PAIRS = 12
 # Kinds of boundary: what ends the context, and what begins the continuation.
 BOUNDARIES = {
     "space in the continuation": ("\nAnswer:", " "),
@@ -366,6 +368,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     page = to_markdown(results, facts)
     options.output.mkdir(parents=True, exist_ok=True)
     stem = options.output / f"lm-eval-{facts['date']}"
+    for found in (found for result in results for found in (result["agreement"], result["joint"]) if found):
+        found["num_other_ids"] = len(found["other_ids"])
+        found["other_ids"] = found["other_ids"][:SHOWN_PAIRS]
     stem.with_suffix(".json").write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
     stem.with_suffix(".md").write_text(page)
     print(page)
