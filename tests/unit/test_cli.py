@@ -385,6 +385,8 @@ def start(repository: Path, *arguments: str, **environment: str) -> subprocess.P
         env={**os.environ, "PYTHONPATH": str(repository / "src"), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # A shell starts what it puts in the background with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
