@@ -280,17 +280,14 @@ def _columns_of(recipe: Recipe) -> Columns | None:
 
 
 def _rendered_as(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[RenderingConfig, Columns | None]:
-    """The rendering and the columns of a run; its template, if it has one, is given to the tokenizer."""
+    """The rendering and the columns of a run; the tokenizer is given its template, and loses its own where the run had none."""
     run, _ = _run_of(path)
     if not (run / RECIPE).is_file():
         raise ConfigError(f"rendering: {path} is no run: it has no {RECIPE}", remedy="name a run folder")
     recipe = load_recipe(run / RECIPE, of_run=True)
-    config = recipe.rendering
-    template = load_tokenizer(str(run / TOKENIZER)).chat_template
-    if template is not None:
-        tokenizer.chat_template = template
-        config = config.model_copy(update={"chat_template": None})
-    return config, _columns_of(recipe)
+    # The run gave its tokenizer the template that it trained with.
+    tokenizer.chat_template = load_tokenizer(str(run / TOKENIZER)).chat_template
+    return recipe.rendering.model_copy(update={"chat_template": None}), _columns_of(recipe)
 
 
 def files_of_model(path: str) -> list[tuple[str, Path]]:
