@@ -174,6 +174,21 @@ def agreement(ours: Json, theirs: Json, pairs: Sequence[Json]) -> Json:
     }
 
 
+def rounding_errors(truth: Json, systems: dict[str, Json], pairs: Sequence[Json]) -> Json:
+    """The largest distance of each system from the float64 run, on pairs of the same ids; nats.
+
+    >>> truth = {"outcome": "done", "log_probs": [-1.0, -5.0], "greedy": [True, True], "ids": [[[1], [2]], [[1], [3]]]}
+    >>> rounding_errors(truth, {"b": {**truth, "log_probs": [-1.5, -5.0], "ids": []}}, [{}, {}])
+    {'b': 0.5}
+    """
+    if truth["outcome"] != "done":
+        raise SystemExit(f"goldsmith in float64 failed: {truth['outcome']}")
+    return {
+        name: agreement({**truth, "greedy": run["greedy"]}, run, pairs)["largest_difference"]
+        for name, run in systems.items()
+    }
+
+
 def run_workload(name: str, options: argparse.Namespace) -> Json:
     """Try the harness' batch sizes, measure in turn, compare."""
     with tempfile.TemporaryDirectory(prefix="goldsmith-lm-eval-") as work:
@@ -204,10 +219,17 @@ def run_workload(name: str, options: argparse.Namespace) -> Json:
         exact = run_system("lm-eval", folder, exact_setting, **keywords)
         if exact["outcome"] != "done":
             raise SystemExit(f"{name}: the harness failed with a float64 softmax: {exact['outcome']}")
-        joint = None
+        # What both would find without rounding, but for the angles of rotary embeddings, which both have in float32.
+        truth = run_system("goldsmith", folder, {**setting, "dtype": "float64"}, **keywords)
+        rounding = rounding_errors(truth, {"goldsmith": ours, "lm-eval": exact, "lm-eval, its own sums": theirs}, pairs)
+        joint = joint_rounding = None
         if "context" in pairs[0]:
-            joint = agreement(
-                run_system("goldsmith", folder, {**setting, "boundary": "joint"}, **keywords), exact, pairs
+            setting = {**setting, "boundary": "joint"}
+            ours_joint = run_system("goldsmith", folder, setting, **keywords)
+            truth = run_system("goldsmith", folder, {**setting, "dtype": "float64"}, **keywords)
+            joint = agreement(ours_joint, exact, pairs)
+            joint_rounding = rounding_errors(
+                truth, {"goldsmith": ours_joint, "lm-eval": exact, "lm-eval, its own sums": theirs}, pairs
             )
     found = {
         "workload": name,
@@ -224,6 +246,8 @@ def run_workload(name: str, options: argparse.Namespace) -> Json:
         "agreement": agreement(ours, exact, pairs),
         "agreement_float32_sums": agreement(ours, theirs, pairs)["largest_difference"],
         "joint": joint,
+        "rounding": rounding,
+        "joint_rounding": joint_rounding,
         "threads": {"goldsmith": ours["threads"], "lm-eval": theirs["threads"]},
         "versions": {"goldsmith": ours["versions"], "lm-eval": theirs["versions"]},
     }
@@ -271,10 +295,32 @@ def to_markdown(results: Sequence[Json], facts: Json) -> str:
             for trial in result["trials"]
         )
         lines.append(f"- {result['workload']} ({result['trials'][0]['setting']['pairs']} pairs): {shown}")
+    lines += ["", *_rounding(results)]
     for result in results:
         if result["joint"] is not None:
             lines += ["", *_boundaries(result)]
     return "\n".join(lines) + "\n"
+
+
+def _rounding(results: Sequence[Json]) -> list[str]:
+    found = [(result["workload"], result["rounding"]) for result in results]
+    found += [(f"{result['workload']}, joint", result["joint_rounding"]) for result in results if result["joint"]]
+    found = [(name, errors) for name, errors in found if errors["lm-eval"] is not None]
+    if not found:
+        return []
+    lines = [
+        "## How far each is from float64",
+        "",
+        "The largest distance from goldsmith's run in float64, nats, on the pairs that both cut into the same tokens. Two float32",
+        "programs can agree no better than the one with the larger error.",
+        "",
+        "| workload | goldsmith, float32 | lm-eval, float32, sums in float64 | lm-eval as it is |",
+        "|---|---|---|---|",
+    ]
+    return lines + [
+        f"| {name} | {errors['goldsmith']:.1e} | {errors['lm-eval']:.1e} | {errors['lm-eval, its own sums']:.1e} |"
+        for name, errors in found
+    ]
 
 
 def _boundaries(result: Json) -> list[str]:

@@ -1,4 +1,4 @@
-"""log P of (context, continuation) pairs by `goldsmith score`'s own path, in float32. Run by `lm_eval.py` beside this file.
+"""log P of (context, continuation) pairs by `goldsmith score`'s own path, in float32 or float64. Run by `lm_eval.py`.
 
 python system_goldsmith_scores.py WORK_FOLDER SETTING_JSON RESULT_FILE
 """
@@ -60,7 +60,7 @@ def dataset_of(pairs: list[dict[str, Any]], tokenizer: Any, boundary: str) -> Da
 def main() -> None:
     folder, setting, result_file = Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
     pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()][: setting["pairs"]]
-    causal_lm = load_causal_lm(str(folder / "model"), dtype="float32", device="cpu")
+    causal_lm = load_causal_lm(str(folder / "model"), dtype=setting.get("dtype", "float32"), device="cpu")
     silence_randomness(causal_lm)
     proof = prove(causal_lm.config, name="the model")
     model = LikelihoodModel(causal_lm).eval()

@@ -118,7 +118,7 @@ WORKLOADS: dict[str, Workload] = {
         rows="legal",
         num_rows=24,
         batch_size=8,
-        tokens_per_microbatch=4096,
+        tokens_per_microbatch=1024,
         rows_per_microbatch=(1, 2, 8),
     ),
     "shared-prompt": Workload(

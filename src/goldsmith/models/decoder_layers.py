@@ -17,7 +17,7 @@ I width of the MLP, F rank of the factors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -35,12 +35,16 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMS
 
 from goldsmith.models import attention_cpu, attention_cuda
 from goldsmith.models.layer_kernels import has_kernels
+from goldsmith.models.layer_linears import LINEARS, PARAMETERS, LayerLinears
 from goldsmith.models.layer_pieces import pieces_for
 from goldsmith.models.layout import PackLayout, current_layout
 from goldsmith.models.lora import is_active, plain_lora
-from goldsmith.objective.linear_cross_entropy import product
 
 __all__ = ["install_decoder_layers"]
+
+# The linear layers that have an input in common.
+QUERY_KEY_VALUE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
 # Layer class -> class of its norms. Exact classes: a subclass may compute something else.
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {
@@ -49,31 +53,6 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     Qwen2DecoderLayer: Qwen2RMSNorm,
     Qwen3DecoderLayer: Qwen3RMSNorm,
 }
-
-# The tensors of a layer in the order in which the autograd node takes them.
-PARAMETERS = (
-    "input_layernorm.weight",
-    "self_attn.q_proj.weight",
-    "self_attn.q_proj.bias",
-    "self_attn.k_proj.weight",
-    "self_attn.k_proj.bias",
-    "self_attn.v_proj.weight",
-    "self_attn.v_proj.bias",
-    "self_attn.q_norm.weight",
-    "self_attn.k_norm.weight",
-    "self_attn.o_proj.weight",
-    "self_attn.o_proj.bias",
-    "post_attention_layernorm.weight",
-    "mlp.gate_proj.weight",
-    "mlp.gate_proj.bias",
-    "mlp.up_proj.weight",
-    "mlp.up_proj.bias",
-    "mlp.down_proj.weight",
-    "mlp.down_proj.bias",
-)
-
-
-LINEARS = tuple(name.removesuffix(".weight") for name in PARAMETERS if "_proj.weight" in name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,93 +203,6 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), None
 
 
-class _Linears:
-    """The linear layers of one decoder layer: weights in the type of the products, LoRA's factors beside them.
-
-    Args:
-        tensors: of `PARAMETERS`, then the factors in the order of `lora`.
-        needed: for each tensor whether it wants a gradient; all False outside of a backward pass.
-    """
-
-    def __init__(
-        self,
-        tensors: Sequence[torch.Tensor | None],
-        lora: Mapping[str, float],
-        dtype: torch.dtype,
-        needed: Sequence[bool] = (),
-    ) -> None:
-        self.own = dict(zip(PARAMETERS, tensors, strict=False))
-        self.lora = lora
-        self.dtype = dtype
-        names = [*PARAMETERS, *(f"{name}.{factor}" for name in lora for factor in ("down", "up"))]
-        self.factors = dict(zip(names[len(PARAMETERS) :], tensors[len(PARAMETERS) :], strict=True))
-        self.needed = dict(zip(names, needed, strict=True)) if needed else dict.fromkeys(names, False)
-        self.grads: dict[str, torch.Tensor] = {}
-
-    def weight(self, name: str) -> torch.Tensor:
-        return _present(self.own[f"{name}.weight"]).to(self.dtype)
-
-    def _factor(self, name: str) -> torch.Tensor:
-        return _present(self.factors[name]).to(self.dtype)
-
-    def size(self, name: str) -> int:
-        return _present(self.own[f"{name}.weight"]).shape[0]
-
-    def apply(self, name: str, x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-        """`x W^T + b`, and what the factors add, written to `out`."""
-        y = torch.mm(x, self.weight(name).T, out=out)
-        return self._complete(name, x, y)
-
-    def apply_and_add(self, name: str, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """The same, added to a residual, in its type."""
-        if residual.dtype == self.dtype:
-            return self._complete(name, x, torch.addmm(residual, x, self.weight(name).T))
-        return residual + self.apply(name, x)
-
-    def _complete(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        bias = self.own[f"{name}.bias"]
-        if bias is not None:
-            y += bias.to(y.dtype)
-        if name in self.lora:
-            down = x @ self._factor(f"{name}.down").T
-            y.addmm_(down, self._factor(f"{name}.up").T, alpha=self.lora[name])
-        return y
-
-    def add_gradients(self, name: str, grad_y: torch.Tensor, x: torch.Tensor) -> None:
-        """The gradients of the layer's own tensors."""
-        if self.needed[f"{name}.weight"]:
-            self._note(f"{name}.weight", product(grad_y.T, x))
-        if self.needed[f"{name}.bias"]:
-            self._note(f"{name}.bias", grad_y.sum(dim=0))
-        if name in self.lora:
-            down = x @ self._factor(f"{name}.down").T
-            self._note(f"{name}.up", product(grad_y.T, down).mul_(self.lora[name]))
-            self._note(f"{name}.down", product(self._grad_down(name, grad_y).T, x))
-
-    def _grad_down(self, name: str, grad_y: torch.Tensor) -> torch.Tensor:
-        return (grad_y @ self._factor(f"{name}.up")).mul_(self.lora[name])
-
-    def input_gradient(self, name: str, grad_y: torch.Tensor, *, into: torch.Tensor | None = None) -> torch.Tensor:
-        """The gradient of x, added to `into` where that is given."""
-        weight = self.weight(name)
-        grad_x = grad_y @ weight if into is None else into.addmm_(grad_y, weight)
-        if name in self.lora:
-            grad_x.addmm_(self._grad_down(name, grad_y), self._factor(f"{name}.down"))
-        return grad_x
-
-    def note_norm(self, name: str, gradient: torch.Tensor | None) -> None:
-        if gradient is not None:
-            self._note(name, gradient)
-
-    def _note(self, name: str, gradient: torch.Tensor) -> None:
-        tensor = self.own[name] if name in self.own else self.factors[name]
-        self.grads[name] = gradient.to(_present(tensor).dtype)
-
-    def gradients(self) -> list[torch.Tensor | None]:
-        """In the order of the tensors; None for those that want none."""
-        return [self.grads.get(name) if needed else None for name, needed in self.needed.items()]
-
-
 class _DecoderLayer(torch.autograd.Function):
     """One layer, [N, D] -> [R, D]."""
 
@@ -328,7 +220,7 @@ class _DecoderLayer(torch.autograd.Function):
         device = x_ND.device.type
         with torch.autocast(device, enabled=False):
             pieces, attend = pieces_for(device), _attention_of(device).attend
-            linears = _Linears(tensors, settings.lora, dtype)
+            linears = LayerLinears(tensors, settings.lora, dtype)
             own = linears.own
             width, epsilon = settings.head_width, settings.epsilon
             query_size, key_size = linears.size("self_attn.q_proj"), linears.size("self_attn.k_proj")
@@ -337,8 +229,7 @@ class _DecoderLayer(torch.autograd.Function):
             normalized_ND, scales_N1 = pieces.normalize(x_ND, _present(own["input_layernorm.weight"]), epsilon, dtype)
             joint = normalized_ND.new_empty(num_tokens, query_size + 2 * key_size)
             sizes = [query_size, key_size, key_size]
-            for part, name in zip(joint.split(sizes, dim=1), ("q_proj", "k_proj", "v_proj"), strict=True):
-                linears.apply(f"self_attn.{name}", normalized_ND, out=part)
+            linears.apply(QUERY_KEY_VALUE, normalized_ND, out=joint.split(sizes, dim=1))
             del normalized_ND
             heads = joint.view(num_tokens, -1, width)
             num_query, num_key = query_size // width, key_size // width
@@ -365,16 +256,16 @@ class _DecoderLayer(torch.autograd.Function):
             normalized_RD, middle_scales_R1 = pieces.normalize(
                 middle_RD, _present(own["post_attention_layernorm.weight"]), epsilon, dtype
             )
-            gate_RI = linears.apply("mlp.gate_proj", normalized_RD)
-            up_RI = linears.apply("mlp.up_proj", normalized_RD)
+            gate_RI, up_RI = linears.apply(GATE_UP, normalized_RD)
             del normalized_RD
             out_RD = linears.apply_and_add("mlp.down_proj", pieces.gate(gate_RI, up_RI), middle_RD)
 
         ctx.save_for_backward(
             x_ND, cos_NW, sin_NW, scales_N1, joint, unnormed, head_scales, attended_NHW, middle_RD, middle_scales_R1,
-            gate_RI, up_RI, *tensors, *attention_saved,
+            gate_RI, up_RI, *tensors, *linears.downs.values(), *attention_saved,
         )  # fmt: skip
         ctx.settings, ctx.layout, ctx.dtype, ctx.num_tensors = settings, layout, dtype, len(tensors)
+        ctx.down_names = tuple(linears.downs)
         return out_RD
 
     @staticmethod
@@ -383,26 +274,23 @@ class _DecoderLayer(torch.autograd.Function):
         settings, layout, dtype = ctx.settings, ctx.layout, ctx.dtype
         saved = ctx.saved_tensors
         (x_ND, cos_NW, sin_NW, scales_N1, joint, unnormed, head_scales, attended_NHW, middle_RD, middle_scales_R1, gate_RI, up_RI) = saved[:12]  # fmt: skip  # noqa: E501
-        tensors, attention_saved = saved[12 : 12 + ctx.num_tensors], saved[12 + ctx.num_tensors :]
-        linears = _Linears(tensors, settings.lora, dtype, ctx.needs_input_grad[6:])
+        tensors, others = saved[12 : 12 + ctx.num_tensors], saved[12 + ctx.num_tensors :]
+        downs = dict(zip(ctx.down_names, others, strict=False))
+        attention_saved = others[len(downs) :]
+        linears = LayerLinears(tensors, settings.lora, dtype, downs=downs, needed=ctx.needs_input_grad[6:])
         own, needed = linears.own, linears.needed
         pieces, attend_backward = pieces_for(x_ND.device.type), _attention_of(x_ND.device.type).attend_backward
 
         grad_RD = grad_out.contiguous()
         grad_product_RD = grad_RD.to(dtype)
         # The gated MLP.
-        linears.add_gradients("mlp.down_proj", grad_product_RD, pieces.gate(gate_RI, up_RI))
-        grad_gated = linears.input_gradient("mlp.down_proj", grad_product_RD)
+        grad_gated = linears.backward(("mlp.down_proj",), (grad_product_RD,), pieces.gate(gate_RI, up_RI))
         grad_gate, grad_up = pieces.gate_backward(grad_gated, gate_RI, up_RI)
         del grad_gated, grad_product_RD
         middle_weight = _present(own["post_attention_layernorm.weight"])
         normalized_RD, unscaled_RD = pieces.normalize_again(middle_RD, middle_scales_R1, middle_weight, dtype)
-        linears.add_gradients("mlp.gate_proj", grad_gate, normalized_RD)
-        linears.add_gradients("mlp.up_proj", grad_up, normalized_RD)
-        del normalized_RD
-        grad_normalized = linears.input_gradient("mlp.gate_proj", grad_gate)
-        grad_normalized = linears.input_gradient("mlp.up_proj", grad_up, into=grad_normalized)
-        del grad_gate, grad_up
+        grad_normalized = linears.backward(GATE_UP, (grad_gate, grad_up), normalized_RD)
+        del normalized_RD, grad_gate, grad_up
         grad_middle, grad_weight = pieces.normalize_backward(
             grad_normalized, middle_RD, unscaled_RD, middle_scales_R1, middle_weight, grad_RD,
             wants_weight=needed["post_attention_layernorm.weight"],
@@ -414,10 +302,9 @@ class _DecoderLayer(torch.autograd.Function):
         rows = layout.gold_rows_R if settings.is_last else None
         attended = attended_NHW.flatten(1)
         grad_product_RD = grad_middle.to(dtype)
-        linears.add_gradients(
-            "self_attn.o_proj", grad_product_RD, attended if rows is None else attended.index_select(0, rows)
-        )
-        grad_attended = linears.input_gradient("self_attn.o_proj", grad_product_RD)
+        if rows is not None:
+            attended = attended.index_select(0, rows)
+        grad_attended = linears.backward(("self_attn.o_proj",), (grad_product_RD,), attended)
         del grad_product_RD
         if rows is not None:
             everywhere = grad_attended.new_zeros(x_ND.shape[0], grad_attended.shape[1])
@@ -455,16 +342,12 @@ class _DecoderLayer(torch.autograd.Function):
         first_weight = _present(own["input_layernorm.weight"])
         normalized_ND, unscaled_ND = pieces.normalize_again(x_ND, scales_N1, first_weight, dtype)
         parts = grad_joint.split([query_size, key_size, key_size], dim=1)
-        names = [f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")]
-        for name, part in zip(names, parts, strict=True):
-            linears.add_gradients(name, part, normalized_ND)
+        # Where nothing below this layer is trained, that is all.
+        wants_input = ctx.needs_input_grad[0] or needed["input_layernorm.weight"]
+        grad_normalized = linears.backward(QUERY_KEY_VALUE, parts, normalized_ND, wants_input=wants_input)
         del normalized_ND
-        if not (ctx.needs_input_grad[0] or needed["input_layernorm.weight"]):
-            # Nothing below this layer is trained.
+        if not wants_input:
             return (None, None, None, None, None, None, *linears.gradients())
-        grad_normalized = linears.input_gradient(names[0], parts[0])
-        for name, part in zip(names[1:], parts[1:], strict=True):
-            grad_normalized = linears.input_gradient(name, part, into=grad_normalized)
         grad_x, grad_weight = pieces.normalize_backward(
             grad_normalized, x_ND, unscaled_ND, scales_N1, first_weight, grad_middle if rows is None else None,
             wants_weight=needed["input_layernorm.weight"],
