@@ -115,6 +115,13 @@ def test_a_run_its_folders_and_its_checkpoints(settings: dict[str, Any], base: P
     assert 1e-5 < abs(nll("run/adapter") - result.training.nll_after) < 0.5
 
 
+def test_a_checkpoint_is_scored_in_float32(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it trains in bfloat16, as on a GPU."""
+    train(settings)
+    monkeypatch.setattr("goldsmith.workflows.materials._product_dtype", lambda dtype, device: torch.bfloat16)
+    assert nll("run/checkpoints/step-00000004") == pytest.approx(nll("run"), abs=1e-6)
+
+
 def test_a_run_that_was_stopped_ends_the_same(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     train(settings)
     settings["output_dir"] = "other"

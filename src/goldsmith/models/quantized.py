@@ -29,6 +29,7 @@ __all__ = [
     "packed_bytes",
     "packed_parts",
     "products_in_float32",
+    "take_products_in",
 ]
 
 
@@ -140,18 +141,27 @@ def _unpacked(parameter: Any) -> torch.Tensor:
     return weight
 
 
+def take_products_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Packed layers take their products in this type from now on, whatever they trained in."""
+    for _, layer in _packed_layers(model):
+        _take_products_in(layer, dtype)
+
+
+def _take_products_in(layer: Any, dtype: torch.dtype) -> None:
+    layer.compute_dtype = dtype
+    if layer.bias is not None:
+        layer.bias.data = layer.bias.data.to(dtype)
+
+
 @contextmanager
 def products_in_float32(model: nn.Module) -> Iterator[None]:
     """Packed layers take their products in float32 while this is open, whatever they train in; for comparing."""
     layers = [layer for _, layer in _packed_layers(model)]
     before = [layer.compute_dtype for layer in layers]
-    for layer in layers:
-        layer.compute_dtype = torch.float32
+    take_products_in(model, torch.float32)
     try:
         yield
     finally:
         for layer, dtype in zip(layers, before, strict=True):
-            layer.compute_dtype = dtype
-            if layer.bias is not None:
-                # It was cast to float32, which lost nothing, so neither does the way back.
-                layer.bias.data = layer.bias.data.to(dtype)
+            # A bias was cast to float32, which lost nothing, so neither does the way back.
+            _take_products_in(layer, dtype)

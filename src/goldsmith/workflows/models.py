@@ -28,7 +28,7 @@ from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.load import load_causal_lm
 from goldsmith.models.precision import DtypeName, parameter_dtype, resolve_device, resolve_dtype
 from goldsmith.models.proof import prove
-from goldsmith.models.quantized import has_packed_weights
+from goldsmith.models.quantized import has_packed_weights, take_products_in
 from goldsmith.models.randomness import silence_randomness
 from goldsmith.recipe import Recipe, load_recipe
 from goldsmith.report.run_files import RECIPE
@@ -200,6 +200,7 @@ def open_model(
             if has_packed_weights(causal_lm):
                 raise ModelError(f"{path}: its weights in 4 bits know no {dtype}", remedy="score it in float32")
             causal_lm.to(dtype=wanted)
+        take_products_in(causal_lm, _scoring_dtype(dtype))
     else:
         if folder != path and not Path(folder).is_dir():
             raise MachineError(
