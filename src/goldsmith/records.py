@@ -186,6 +186,11 @@ class DataReport(_Record):
         return total
 
     @property
+    def first_rejected(self) -> dict[str, str]:
+        """Of each reason of `rejected` its first row: where it lies, and what was seen there."""
+        return {reason: places[0] for reason, places in self.rejections.items()}
+
+    @property
     def tokens(self) -> int:
         return sum(file.tokens for file in self.files)
 

@@ -178,8 +178,18 @@ def test_rows_are_dropped_by_a_flag_and_the_loss_is_told(tiny_model_folder: Path
 def test_rows_that_are_skipped_are_counted(tiny_model_folder: Path) -> None:
     summary = goldsmith.score(str(tiny_model_folder), "gold.jsonl", max_length=10, on_bad_row="skip")
     assert summary.num_examples == 9
-    assert summary.to_json()["rejected"] == {"longer than max_length": 21}
-    assert "rows skipped     21 longer than max_length" in str(summary)
+    values = summary.to_json()
+    assert values["rejected"] == {"longer than max_length": 21}
+    assert values["first_rejected"] == {"longer than max_length": summary.first_rejected["longer than max_length"]}
+    assert summary.first_rejected["longer than max_length"].startswith(
+        "gold.jsonl:10: 11 tokens, but max_length is 10; "
+    )
+    first = "longer than max_length: first gold.jsonl:10: 11 tokens, but max_length is 10"
+    lines = str(summary).splitlines()
+    place = lines.index("rows skipped     21 longer than max_length")
+    assert lines[place + 1] == f"                 {first}"
+    assert first in summary._repr_html_()
+    assert "skipped" not in str(goldsmith.score(str(tiny_model_folder), "gold.jsonl", on_bad_row="skip"))
 
 
 def test_a_bad_row_at_the_end_is_told_before_anything_is_scored(
@@ -424,10 +434,128 @@ def test_the_shortest_limit_is_that_of_all(tiny_model_folder: Path) -> None:
     skipped = goldsmith.compare_models(short, first, data="gold.jsonl", on_bad_row="skip", device="cpu")
     assert (skipped.num_shared, *skipped.notes) == (
         10,
-        "rows longer than 11 tokens (the limit of short): 20 rejected, alike for all",
+        "rows skipped: 20 longer than 11 tokens (the limit of short), alike for all",
+        "longer than max_length: first gold.jsonl:11: 12 tokens, but max_length is 11",
     )
     longer = goldsmith.compare_models(first, short, data="gold.jsonl", max_length=118, device="cpu")
     assert (longer.num_shared, longer.notes) == (30, ())
+
+
+def test_rows_that_no_model_is_compared_on_are_said(tiny_model_folder: Path, here: Path) -> None:
+    """Bad rows, the same for all: how many, why, and where the first of each lies; of two models and of three."""
+    with (here / "gold.jsonl").open("a") as file:
+        file.write('{"prompt": "no gold"}\nnot JSON\n{"prompt": "none"}\n')
+    models = [str(tiny_model_folder), *(another_model(tiny_model_folder, name) for name in ("one", "two"))]
+    counts = {"invalid JSON": 1, "no completion": 2}
+    for subjects in (models[:2], models):
+        found = goldsmith.compare_models(*subjects, data="gold.jsonl", on_bad_row="skip", device="cpu")
+        values = json.loads(json.dumps(found.to_json()))
+        assert values["num_shared"] == 30
+        assert values["rejected"] == {Path(name).name: counts for name in subjects}
+        assert sorted(note.partition(": ")[0] for note in values["notes"]) == [
+            "invalid JSON",
+            "no completion",
+            "rows skipped",
+        ]
+        assert values["notes"][0] in {
+            f"rows skipped: {reasons}, alike for all"
+            for reasons in ("1 invalid JSON, 2 no completion", "2 no completion, 1 invalid JSON")
+        }
+        firsts = ("no completion: first gold.jsonl:31: ", "invalid JSON: first gold.jsonl:32: ")
+        for first in firsts:
+            [note] = [note for note in values["notes"] if note.startswith(first)]
+            assert note in str(found)
+        assert "rows skipped: " in found._repr_html_()
+        assert all(first in found._repr_html_() for first in firsts)
+        assert len(found.to_pandas()) == (30 if isinstance(found, Comparison) else 3)
+    command = ["compare", *models[:2], "gold.jsonl", "--skip-bad-rows", "-q"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[1].startswith("rows skipped: ")
+    assert json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)["rejected"]["one"] == counts
+
+
+def model_of_one_token(origin: Path, folder: str, word: str) -> str:
+    """The same, but for `word` its tokenizer has a token of its own."""
+    from transformers import AutoModelForCausalLM
+
+    another_model(origin, folder)
+    settings = json.loads(Path(folder, "tokenizer.json").read_text())
+    settings["pre_tokenizer"]["pattern"] = {"Regex": f"{word}|[^\\n]"}
+    vocabulary = settings["model"]["vocab"]
+    vocabulary[word] = len(vocabulary)
+    Path(folder, "tokenizer.json").write_text(json.dumps(settings))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(len(vocabulary), mean_resizing=False)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_models_that_skip_other_rows_are_not_said_to_skip_the_same(tiny_model_folder: Path) -> None:
+    """As many rows of both, but others: the row with `10` is short enough for the one, that with `30` for the other."""
+    ten, thirty = (model_of_one_token(tiny_model_folder, f"of-{word}", word) for word in ("10", "30"))
+    pair = goldsmith.compare_models(ten, thirty, data="gold.jsonl", on_bad_row="skip", max_length=11, device="cpu")
+    assert isinstance(pair, Comparison)
+    assert (pair.num_shared, pair.num_only_a, pair.num_only_b) == (10, 1, 1)
+    too_long = "longer than 11 tokens (--max-length)"
+    assert pair.notes == (
+        f"rows skipped, of of-10: 19 {too_long}",
+        f"rows skipped, of of-30: 19 {too_long}",
+        "of of-10, longer than max_length: first gold.jsonl:12: 12 tokens, but max_length is 11",
+        "of of-30, longer than max_length: first gold.jsonl:11: 12 tokens, but max_length is 11",
+        "only what all have scored is compared: 10 examples",
+    )
+    dropped = goldsmith.compare_models(ten, thirty, data="gold.jsonl", on_too_long="drop", max_length=11, device="cpu")
+    assert [note.partition(":")[0] for note in dropped.notes] == [
+        f"rows {too_long}, of {name}" for name in ("of-10", "of-30")
+    ]
+    assert dropped.rejected == {"of-10": {}, "of-30": {}}
+
+    goldsmith.score(ten, "gold.jsonl", output="ten.jsonl", on_bad_row="skip", max_length=11, device="cpu")
+    mixed = goldsmith.compare_models(
+        "ten.jsonl", thirty, data="gold.jsonl", on_bad_row="skip", max_length=11, device="cpu"
+    )
+    assert mixed.notes[0] == f"rows skipped, of of-30: 19 {too_long}"
+    assert mixed.notes[-1] == "only what all have scored is compared: 10 examples"
+
+
+def test_rows_that_a_cut_leaves_no_gold_are_said_beside_those_that_were_cut(
+    tiny_model_folder: Path, here: Path
+) -> None:
+    (here / "gold.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [*ROWS, {"prompt": "9" * 20, "completion": "1"}])
+    )
+    models = [str(tiny_model_folder), another_model(tiny_model_folder, "other")]
+    pair = goldsmith.compare_models(
+        *models, data="gold.jsonl", on_bad_row="skip", on_too_long="right", max_length=11, device="cpu"
+    )
+    assert pair.notes[0].startswith("rows longer than 11 tokens (--max-length): 20 cut, 1 rejected; ")
+    assert pair.notes[1:] == (
+        "rows skipped: 1 longer than 11 tokens (--max-length), alike for all",
+        "longer than max_length: first gold.jsonl:31: 20 tokens stand before the gold, 2 from there on, and max_length is 11: "
+        "no room is left",
+    )
+
+
+def test_rows_that_get_no_answer_are_said(tiny_model_folder: Path, here: Path) -> None:
+    (here / "gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*ROWS[:3], {"prompt": "no gold"}]))
+    command = ["generate", str(tiny_model_folder), "gold.jsonl", "--max-new-tokens", "2", "--device", "cpu", "-q"]
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 3
+    command += ["--skip-bad-rows", "--output", "answers.jsonl"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    place = lines.index("rows skipped         1 no completion")
+    assert lines[place + 1].startswith("                     no completion: first gold.jsonl:4: ")
+    assert len(Path("answers.jsonl").read_text().splitlines()) == 3
+    values = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    assert values["rejected"] == {"no completion": 1}
+    assert values["first_rejected"]["no completion"].startswith("gold.jsonl:4: ")
+    assert len(values["answers"]) == 3
+    whole = workflows.generate(str(tiny_model_folder), data=ROWS[:2], max_new_tokens=2, on_bad_row="skip", device="cpu")
+    assert whole.to_json()["rejected"] == {}
+    assert "skipped" not in str(whole)
 
 
 def test_gold_is_not_cut_by_other_tokens(tiny_model_folder: Path) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from goldsmith.errors import ConfigError, DataError
-from goldsmith.scoring.compare_text import render_comparison
+from goldsmith.scoring.compare_text import render_comparison, row_lines
 from goldsmith.scoring.display import data_frame, html_table
 from goldsmith.scoring.files import row_of
 from goldsmith.scoring.pairing import PairedExample, PairedToken, Pairing, TokenKind, bare, numbers_of, pair_up
@@ -88,6 +88,7 @@ class Comparison:
         differing_tokens, differing_kinds: the gold tokens that differ most, and the kinds of them that do in sum, where both list
             the same tokens; largest first, at most `KEPT_TOKENS` of each.
         notes: what was done to the rows before they were scored, a line each; see `compare_models`.
+        rejected: of each model that was scored here the rows that were skipped, by reason.
     """
 
     names: tuple[str, str]
@@ -105,6 +106,7 @@ class Comparison:
     differing_tokens: tuple[PairedToken, ...] = ()
     differing_kinds: tuple[TokenKind, ...] = ()
     notes: tuple[str, ...] = ()
+    rejected: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def num_shared(self) -> int:
@@ -255,6 +257,7 @@ class Comparison:
             mean += f" ({interval.confidence:.0%} interval {interval.low:+.4f} to {interval.high:+.4f})"
         rows = [
             ["", f"{self.num_shared:,} examples"],
+            *(["", line] for line in row_lines(self)),
             [f"log P, {name_a} - {name_b}", mean],
             ["higher likelihood", f"{name_a} on {self.wins:,}, {name_b} on {self.losses:,}, ties {self.ties:,}"],
             ["sign test", f"p = {self.sign_p:.2g}"],
@@ -273,6 +276,7 @@ class Comparison:
         return {
             "names": list(self.names),
             "notes": list(self.notes),
+            "rejected": {name: dict(reasons) for name, reasons in self.rejected.items()},
             "num_shared": self.num_shared,
             "num_only": [self.num_only_a, self.num_only_b],
             "log_prob": list(self.log_probs),

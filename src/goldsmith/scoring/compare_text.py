@@ -11,7 +11,7 @@ from goldsmith.scoring.display import text_table
 if TYPE_CHECKING:
     from goldsmith.scoring.compare import Comparison
 
-__all__ = ["plural", "render_comparison", "shortened"]
+__all__ = ["plural", "render_comparison", "row_lines", "shortened"]
 
 _SHOWN_TOKENS = 24
 _FEW_EXAMPLES = 20
@@ -39,12 +39,7 @@ def _heading(comparison: Comparison) -> str:
     lines = [f"{name_a} and {name_b} on {plural(comparison.num_shared, 'example')} of the same gold"]
     if comparison.num_shared == 1:
         lines[0] = f"{name_a} and {name_b} on the gold of {comparison.pairs[0].example_id!r}"
-    lines += comparison.notes
-    if comparison.num_only_a or comparison.num_only_b:
-        lines.append(
-            f"left out: {plural(comparison.num_only_a, 'example')} only in {name_a}, "
-            f"{comparison.num_only_b:,} only in {name_b}"
-        )
+    lines += row_lines(comparison)
     num_other_gold = sum(not pair.has_same_length for pair in comparison.pairs)
     if num_other_gold:
         lines.append(f"careful: the gold differs in byte length on {plural(num_other_gold, 'example')}")
@@ -59,6 +54,17 @@ def _heading(comparison: Comparison) -> str:
             "compared in nats per example and bits per byte, never per token"
         )
     return "\n".join(lines)
+
+
+def row_lines(comparison: Comparison) -> list[str]:
+    """What was done to the rows, and what is left out."""
+    lines, (name_a, name_b) = list(comparison.notes), comparison.names
+    if comparison.num_only_a or comparison.num_only_b:
+        lines.append(
+            f"left out: {plural(comparison.num_only_a, 'example')} only in {name_a}, "
+            f"{comparison.num_only_b:,} only in {name_b}"
+        )
+    return lines
 
 
 def _rows_of_one(comparison: Comparison) -> list[list[str]]:

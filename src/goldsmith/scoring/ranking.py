@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from string import ascii_uppercase
@@ -98,6 +98,7 @@ class Ranking:
         num_left_out: of each model, examples that some other lacks.
         num_differently_tokenized: shared examples that not all cut into as many tokens.
         notes: what was done to the rows before they were scored, a line each; see `compare_models`.
+        rejected: of each model that was scored here the rows that were skipped, by reason.
     """
 
     models: tuple[RankedModel, ...]
@@ -106,6 +107,7 @@ class Ranking:
     num_left_out: Mapping[str, int]
     num_differently_tokenized: int
     notes: tuple[str, ...] = ()
+    rejected: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -116,6 +118,7 @@ class Ranking:
         """Every figure."""
         return {
             "notes": list(self.notes),
+            "rejected": {name: dict(reasons) for name, reasons in self.rejected.items()},
             "num_shared": self.num_shared,
             "num_left_out": dict(self.num_left_out),
             "num_differently_tokenized": self.num_differently_tokenized,
@@ -144,15 +147,12 @@ class Ranking:
         return data_frame(rows)
 
     def _repr_html_(self) -> str:
-        """Two small tables, for a notebook."""
-        return html_table(self._model_rows()) + html_table(self._test_rows())
+        """Small tables, for a notebook: the examples, the models, the pairs."""
+        tables = ([[line] for line in self._row_lines()], self._model_rows(), self._test_rows())
+        return "".join(html_table(table) for table in tables)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.models)} models on {plural(self.num_shared, 'example')} of the same gold"]
-        lines += self.notes
-        if left_out := {name: count for name, count in self.num_left_out.items() if count}:
-            shown = ", ".join(f"{count:,} of {name}" for name, count in left_out.items())
-            lines.append(f"left out, as not all have scored them: {shown}")
+        lines = self._row_lines()
         if self.num_differently_tokenized:
             lines.append(
                 f"the gold is tokenised differently on {plural(self.num_differently_tokenized, 'example')}: "
@@ -160,6 +160,14 @@ class Ranking:
             )
         note = "p: sign-flip test of the mean difference, corrected for all pairs by Holm"
         return "\n\n".join(["\n".join(lines), text_table(self._model_rows()), text_table(self._test_rows()), note])
+
+    def _row_lines(self) -> list[str]:
+        """How many examples; what was done to the rows, and what is left out."""
+        lines = [f"{len(self.models)} models on {plural(self.num_shared, 'example')} of the same gold", *self.notes]
+        if left_out := {name: count for name, count in self.num_left_out.items() if count}:
+            shown = ", ".join(f"{count:,} of {name}" for name, count in left_out.items())
+            lines.append(f"left out, as not all have scored them: {shown}")
+        return lines
 
     def _model_rows(self) -> list[list[str]]:
         shown = [name for name in ("bits_per_byte", "nll_per_token") if getattr(self.models[0], name) is not None]

@@ -11,7 +11,7 @@ from goldsmith.data.truncation import Losses
 from goldsmith.scoring.display import data_frame, html_table, text_table
 from goldsmith.statistics import Interval
 
-__all__ = ["BREAKDOWNS", "InstructionDifficulty", "ScoreGroup", "ScoreSummary", "lost_text"]
+__all__ = ["BREAKDOWNS", "InstructionDifficulty", "ScoreGroup", "ScoreSummary", "lost_text", "skipped_lines"]
 
 # What the figures are broken down by, in the order in which they are shown.
 BREAKDOWNS = ("source", "role", "turn", "position", "length")
@@ -98,6 +98,7 @@ class ScoreSummary:
         difficulty: where the gold was scored without its context too.
         losses: what rows longer than the limit cost, where the rows were read here: none of their lost gold is in any figure.
         rejected: rows that could not be used and were skipped, by reason, where the rows were read here.
+        first_rejected: the first of each reason: where it lies, and what was seen there.
         groups: the figures broken down; a breakdown of which there is one part only is left out, but for `role`.
         output: the score file, where one was written.
     """
@@ -118,6 +119,7 @@ class ScoreSummary:
     groups: tuple[ScoreGroup, ...] = ()
     losses: Losses | None = None
     rejected: Mapping[str, int] = field(default_factory=dict)
+    first_rejected: Mapping[str, str] = field(default_factory=dict)
     output: str | None = None
 
     @property
@@ -164,6 +166,7 @@ class ScoreSummary:
             "groups": [group.to_json() for group in self.groups],
             "losses": None if self.losses is None else self.losses.of_report(),
             "rejected": dict(self.rejected),
+            "first_rejected": dict(self.first_rejected),
             "output": self.output,
         }
 
@@ -227,9 +230,8 @@ class ScoreSummary:
             figures.append(("", f"{_percent(self.difficulty.share_above_one)} of examples lie above 1"))
         if self.losses is not None and self.losses.rows_too_long:
             figures.append(("rows too long", lost_text(self.losses)))
-        if self.rejected:
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.rejected.items())
-            figures.append(("rows skipped", reasons))
+        for number, line in enumerate(skipped_lines(self.rejected, self.first_rejected)):
+            figures.append(("" if number else "rows skipped", line))
         return figures
 
     def _group_rows(self) -> list[tuple[str, list[list[str]]]]:
@@ -291,6 +293,20 @@ def lost_text(losses: Losses) -> str:
     }
     shown = ", ".join(f"{count:,} {what}" for what, count in parts.items() if count)
     return f"{shown}; {losses.tokens_lost:,} tokens lost, {losses.gold_tokens_lost:,} of them gold"
+
+
+def skipped_lines(rejected: Mapping[str, int], first: Mapping[str, str]) -> list[str]:
+    """How many rows were skipped, by reason, and below that the first of each, without its remedy; nothing where none was.
+
+    >>> skipped_lines({"too long": 2}, {"too long": "gold.jsonl:3: 12 tokens, but max_length is 11; shorten the row"})
+    ['2 too long', 'too long: first gold.jsonl:3: 12 tokens, but max_length is 11']
+    """
+    if not rejected:
+        return []
+    counts = ", ".join(f"{count:,} {reason}" for reason, count in rejected.items())
+    # Leaving rows out is what was chosen to do about them; the figures in Python and JSON have the remedy too.
+    seen = {reason: first[reason].rpartition("; ")[0] or first[reason] for reason in rejected if reason in first}
+    return [counts, *(f"{reason}: first {place}" for reason, place in seen.items())]
 
 
 def _exp(value: float) -> float:

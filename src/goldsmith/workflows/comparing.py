@@ -15,10 +15,11 @@ from goldsmith.data.truncation import TOO_LONG, LengthPolicy, Losses
 from goldsmith.errors import ConfigError
 from goldsmith.models.precision import DtypeName
 from goldsmith.scoring.compare import Comparison
+from goldsmith.scoring.compare_text import plural
 from goldsmith.scoring.files import stream_scores
 from goldsmith.scoring.ranking import Ranking
 from goldsmith.scoring.ranking import compare as compare_scores
-from goldsmith.scoring.summary import lost_text
+from goldsmith.scoring.summary import ScoreSummary, lost_text, skipped_lines
 from goldsmith.workflows.materials import Rows
 from goldsmith.workflows.models import LENGTH_OPTIONS, open_model, row_limit_of, vocabulary_of
 from goldsmith.workflows.saying import RowCounter, Say
@@ -106,7 +107,7 @@ def compare_models(
         columns, limit, on_bad_row, device, dtype, tokens_per_microbatch, quiet: as in `score`.
         max_length, on_too_long: what is too long, and what becomes of it, the same for all models, so that all have the same
             gold. By default the shortest of the models' limits, and `reject`, also where a model is a run that cut rows. What was
-            done stands in `notes` of the result.
+            done, and which rows were skipped, stands in `notes` of the result.
         rendering: a run whose separator, template and columns all models are given; by default each has its own.
 
     Raises:
@@ -123,7 +124,7 @@ def compare_models(
     names = _short_names(models)
     scored = {name: model for name, model in zip(names, models, strict=True) if not _is_file(model)}
     cut = _same_for_all(scored, max_length=max_length, on_too_long=on_too_long)
-    costs: dict[str, str] = {}
+    summaries: dict[str, ScoreSummary] = {}
     files: list[str] = []
     with tempfile.TemporaryDirectory(prefix="goldsmith-compare-") as folder:
         for number, (name, model) in enumerate(zip(names, models, strict=True)):
@@ -149,7 +150,7 @@ def compare_models(
                 folder=Path(folder),
                 note_row=RowCounter(Say(quiet=quiet), "read"),
             ) as spool:
-                summary = score_opened(
+                summaries[name] = score_opened(
                     opened,
                     spool,
                     with_tokens=True,
@@ -158,12 +159,10 @@ def compare_models(
                     quiet=quiet,
                 )
             del opened
-            lost = summary.losses or Losses()
-            # Without a policy that keeps them, the renderer rejects such rows, and what they lost is not counted.
-            rejected = spool.report.rejected.get(TOO_LONG, 0)
-            costs[name] = f"{rejected:,} rejected" if rejected else lost_text(lost) if lost.rows_too_long else ""
         found = compare_scores(*_as_scores(files), names=names)
-    return replace(found, notes=(*cut.notes, *_notes_of_costs(costs, cut)))
+    notes = [*cut.notes, *_notes_of_losses(summaries, cut, found), *_notes_of_skipped(summaries, cut, found)]
+    rejected = {name: summary.rejected for name, summary in summaries.items()}
+    return replace(found, notes=tuple(notes), rejected=rejected)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +179,11 @@ class _Cut:
     end_token_after_cut: bool
     whose: str
     notes: tuple[str, ...]
+
+    @property
+    def too_long(self) -> str:
+        """The reason for which rows are counted, with its figure."""
+        return TOO_LONG if self.max_length is None else f"longer than {self.max_length:,} tokens ({self.whose})"
 
 
 def _same_for_all(scored: Mapping[str, str], *, max_length: int | None, on_too_long: LengthPolicy | None) -> _Cut:
@@ -223,15 +227,41 @@ def _same_for_all(scored: Mapping[str, str], *, max_length: int | None, on_too_l
     )
 
 
-def _notes_of_costs(costs: Mapping[str, str], cut: _Cut) -> list[str]:
-    """What the limit cost; one line where it is the same for all."""
-    shown = {name: cost for name, cost in costs.items() if cost}
-    if not shown:
-        return []
-    what = f"rows longer than {cut.max_length:,} tokens ({cut.whose})"
-    if len(shown) == len(costs) and len(set(shown.values())) == 1:
+def _notes_of_losses(summaries: Mapping[str, ScoreSummary], cut: _Cut, found: Comparison | Ranking) -> list[str]:
+    """What the limit cost but for rows that were rejected for it only, which are among those that were skipped."""
+    costs = {}
+    for name, summary in summaries.items():
+        lost = summary.losses or Losses()
+        costs[name] = lost_text(lost) if lost.rows_dropped or lost.rows_cut or lost.rows_split else ""
+    return _told(f"rows {cut.too_long}", costs, found)
+
+
+def _notes_of_skipped(summaries: Mapping[str, ScoreSummary], cut: _Cut, found: Comparison | Ranking) -> list[str]:
+    """How many rows were skipped and why, the first of each reason, and what is compared where not all have the same rows."""
+    lines = {name: skipped_lines(one.rejected, one.first_rejected) for name, one in summaries.items()}
+    counts = {name: own[0].replace(TOO_LONG, cut.too_long) if own else "" for name, own in lines.items()}
+    notes = _told("rows skipped", counts, found)
+    for line in dict.fromkeys(line for own in lines.values() for line in own[1:]):
+        names = [name for name, own in lines.items() if line in own]
+        notes.append(line if len(names) == len(lines) else f"of {', '.join(names)}, {line}")
+    if notes and not _has_same_rows(found):
+        notes.append(f"only what all have scored is compared: {plural(found.num_shared, 'example')}")
+    return notes
+
+
+def _told(what: str, texts: Mapping[str, str], found: Comparison | Ranking) -> list[str]:
+    """A line for each model of which there is something to tell, or one where it is told of the same rows of all."""
+    shown = {name: text for name, text in texts.items() if text}
+    # Equal counts may be of other rows; and of the rows of a score file nothing is known.
+    if len(shown) == len(found.names) and len(set(shown.values())) == 1 and _has_same_rows(found):
         return [f"{what}: {next(iter(shown.values()))}, alike for all"]
     return [f"{what}, of {name}: {text}" for name, text in shown.items()]
+
+
+def _has_same_rows(found: Comparison | Ranking) -> bool:
+    if isinstance(found, Comparison):
+        return not (found.num_only_a or found.num_only_b)
+    return not any(found.num_left_out.values())
 
 
 def _is_file(subject: str) -> bool:

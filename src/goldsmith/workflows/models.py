@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,9 @@ from goldsmith.models.proof import prove
 from goldsmith.models.quantized import has_packed_weights, take_products_in
 from goldsmith.models.randomness import silence_randomness
 from goldsmith.recipe import Recipe, load_recipe
+from goldsmith.records import DataReport
 from goldsmith.report.run_files import RECIPE
+from goldsmith.scoring.summary import skipped_lines
 from goldsmith.storage import require_no_input, write_asked_file
 from goldsmith.training.checkpoint import load_weights
 from goldsmith.types import Conversation, Message
@@ -322,16 +324,25 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """All answers, and how they compare with the gold where every row has some."""
+    """All answers, and how they compare with the gold where every row has some.
+
+    Attributes:
+        rejected: rows that could not be used and were skipped, by reason: they have no answer and are in no figure.
+        first_rejected: the first of each reason: where it lies, and what was seen there.
+    """
 
     answers: tuple[Answer, ...]
     metrics: GenerationMetrics | None
+    rejected: Mapping[str, int] = field(default_factory=dict)
+    first_rejected: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """One machine-readable object."""
         return {
             "answers": [answer.to_json() for answer in self.answers],
             "metrics": None if self.metrics is None else self.metrics.to_json(),
+            "rejected": dict(self.rejected),
+            "first_rejected": dict(self.first_rejected),
         }
 
     def __str__(self) -> str:
@@ -346,6 +357,8 @@ class Answers:
             lines.append(f"... and {len(self.answers) - len(shown):,} more")
         if self.metrics is not None:
             lines.append(str(self.metrics))
+        for number, line in enumerate(skipped_lines(self.rejected, self.first_rejected)):
+            lines.append(f"{'' if number else 'rows skipped':<20} {line}")
         return "\n".join(lines)
 
 
@@ -396,12 +409,14 @@ def generate(
     if output is not None:
         require_no_input(output, files_of_model(model), writes="the answers")
     opened = open_model(model, device=device, dtype=dtype, revision=revision)
+    report = DataReport()
     if data is None:
         rows = list(_prompts(opened, prompts))
     else:
         dataset = opened.dataset(data, columns=columns, on_bad_row=on_bad_row, limit=limit)
+        report = dataset.report
         if output is not None and isinstance(data, str):
-            read = [("the data", file.path) for file in dataset.report.files]
+            read = [("the data", file.path) for file in report.files]
             require_no_input(output, read, writes="the answers")
         rows = list(_contexts(opened, dataset))
     generations = decode(
@@ -417,7 +432,7 @@ def generate(
         metrics = measure([measure_example(a.text, a.gold or "", tokenize=_tokenize(opened)) for a in answers])
     if output is not None:
         write_asked_file(output, "".join(json.dumps(a.to_json(), ensure_ascii=False) + "\n" for a in answers))
-    return Answers(answers=answers, metrics=metrics)
+    return Answers(answers=answers, metrics=metrics, rejected=report.rejected, first_rejected=report.first_rejected)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -182,7 +182,12 @@ def score_opened(
         if writer is not None:
             writer.finish()
     report = spool.report
-    summary = replace(tally.summary(), losses=Losses.of_files(report.files), rejected=report.rejected)
+    summary = replace(
+        tally.summary(),
+        losses=Losses.of_files(report.files),
+        rejected=report.rejected,
+        first_rejected=report.first_rejected,
+    )
     return summary if output is None else replace(summary, output=str(output))
 
 

@@ -100,6 +100,7 @@ def test_ids_that_only_one_has_are_counted_and_left_out() -> None:
     assert (comparison.num_shared, comparison.num_only_a, comparison.num_only_b) == (2, 1, 2)
     assert comparison.log_probs == (-3.0, -4.0)
     assert "left out: 1 example only in A, 2 only in B" in str(comparison)
+    assert "left out: 1 example only in A, 2 only in B" in comparison._repr_html_()
 
 
 def test_nothing_shared_is_an_error_that_shows_ids_of_both() -> None:
@@ -376,6 +377,7 @@ def test_a_ranking_counts_what_it_leaves_out() -> None:
     assert ranking.num_shared == 1
     assert ranking.num_left_out == {"A": 1, "B": 1, "C": 0}
     assert "left out, as not all have scored them: 1 of A, 1 of B" in str(ranking)
+    assert "left out, as not all have scored them: 1 of A, 1 of B" in ranking._repr_html_()
     with pytest.raises(DataError, match="no example that all have scored"):
         compare(scores(x=-1.0), scores(x=-1.0), scores(y=-1.0))
     with pytest.raises(ConfigError, match="2 names"):
