@@ -179,7 +179,11 @@ def test_gradient_of_every_adapter_weight(family: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("targets", ["layers.0.*", "layers.1.*", "layers.1.self_attn.q_proj"])
+@pytest.mark.parametrize(
+    "targets",
+    # Also some of the linear layers that have an input in common, and not the first of them.
+    ["layers.0.*", "layers.1.*", "layers.1.self_attn.q_proj", "layers.1.self_attn.[kv]_proj", "layers.0.mlp.up_proj"],
+)
 def test_adapters_in_some_layers(targets: str, kind: str) -> None:
     """The other layers are plain ones, which may be computed by hand."""
     model, reference = build("qwen2"), build("qwen2", "sdpa")
