@@ -323,6 +323,7 @@ def test_bad_tokens(values: dict[str, Any], reason: str, shown: str) -> None:
         ({"prompt": "p", "completion": "c", "weight": "heavy"}, "bad weight", "'heavy'"),
         ({"prompt": "p", "completion": "c", "weight": float("inf")}, "bad weight", "inf"),
         ({"prompt": "p", "completion": "c", "weight": 10**400}, "bad weight", "finite"),
+        ({"prompt": "p", "completion": "c", "weight": 1e31}, "bad weight", "at most 1e+30"),
         ({"prompt": "p", "completion": "c", "weight": True}, "wrong type", "number"),
         ({"prompt": "p", "completion": "c", "weight": [1]}, "wrong type", "number"),
     ],

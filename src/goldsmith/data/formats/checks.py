@@ -90,13 +90,22 @@ def _number(value: object, name: str) -> float:
     return number
 
 
-def checked_row_weight(value: object, name: str) -> float:
-    """1 where there is none."""
-    if value is None or value == "":
-        return 1.0
-    weight = _number(value, name)
-    if weight <= 0:
+# Sums of weights over any number of rows and tokens stay finite, and so do products of two of them.
+_LARGEST_ROW_WEIGHT = 1e30
+
+
+def checked_row_weight(value: object, name: str, *, source_weight: float = 1.0) -> float:
+    """Times its source's; 1 where the row has none."""
+    own = 1.0 if value is None or value == "" else _number(value, name)
+    if own <= 0:
         raise BadRowError("bad weight", f"the field {name!r} is {shorten(value)}; a row's weight is above 0")
+    weight = own * source_weight
+    if not 0 < weight <= _LARGEST_ROW_WEIGHT:
+        raise BadRowError(
+            "bad weight",
+            f"{own:g}, the row's weight, times {source_weight:g}, that of its source, is {weight:g}; "
+            f"a weight is above 0 and at most {_LARGEST_ROW_WEIGHT:g}",
+        )
     return weight
 
 

@@ -217,7 +217,7 @@ class RowConverter:
         return f"{row.source_name}:{row.ordinal}" if own_id is None else checked_id(own_id, self._id)
 
     def _example_weight(self, values: Mapping[str, object]) -> float:
-        return self._source_weight * checked_row_weight(values.get(self._weight), self._weight)
+        return checked_row_weight(values.get(self._weight), self._weight, source_weight=self._source_weight)
 
 
 def _as_context(message: Message) -> Message:
