@@ -12,12 +12,12 @@ from typer.testing import CliRunner
 
 from goldsmith import workflows
 from goldsmith.cli import app
-from goldsmith.errors import NumericalError
+from goldsmith.errors import ConfigError, NumericalError
 from goldsmith.inspection.verify import _gradient_difference
 from goldsmith.models import attention_cpu, checkpointing, likelihood, step
 from goldsmith.models.layout import PackLayout, current_layout, pack_layout
 from goldsmith.objective import normalization
-from goldsmith.recipe import load_recipe
+from goldsmith.recipe import Recipe, load_recipe
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODELS = {
@@ -64,6 +64,27 @@ def test_float32(tmp_path):
     report = workflows.verify(load_recipe(recipe_for(tmp_path)), dtype="float32")
     assert report.holds, str(report)
     assert report.dtype == "float32"
+
+
+@pytest.mark.parametrize(("kind", "rank", "alpha"), [("rslora", 16, 512), ("lora", 1, 256), ("dora", 4, 128)])
+def test_an_adapter_of_a_large_scale_holds(tmp_path, tiny_model_folder, kind, rank, alpha):
+    """Rounding only: random factors must not drown the model's own weights and raise what float32 norms leave."""
+    recipe_for(tmp_path)
+    values = {
+        "model": {"path": str(tiny_model_folder)},
+        "adapter": {"kind": kind, "rank": rank, "alpha": alpha},
+        "data": {"train": str(tmp_path / "rows.jsonl"), "max_length": 4096},
+    }
+    report = workflows.verify(Recipe.from_mapping(values), num_rows=4)
+    assert report.holds, str(report)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [({"num_rows": 1}, "num_rows is 1"), ({"dtype": "float16"}, "dtype is 'float16'")]
+)
+def test_options_that_mean_nothing_are_refused(tmp_path, options, said):
+    with pytest.raises(ConfigError, match=said):
+        workflows.verify(load_recipe(recipe_for(tmp_path)), **options)
 
 
 def see_a_neighbour(monkeypatch):

@@ -182,7 +182,7 @@ def attach_adapter(
         base: what the adapter's folder will name as its base model.
         seed: of the random factor (the other one begins as zero). The global random state is left as it was.
         new_token_ids: tokens whose embeddings are trained as well, of the input and of the output.
-        at_random: both factors random, so that no gradient is zero; for verifying.
+        at_random: both factors random, so that no gradient is zero, and small beside the weights; for verifying.
 
     Raises:
         ConfigError: a pattern that no module matches, or one for modules that cannot be adapted.
@@ -216,6 +216,8 @@ def attach_adapter(
         torch.manual_seed(seed)
         # Drawn on the CPU whatever the device, so the factors are the same everywhere.
         peft_model: Any = peft.get_peft_model(causal_lm, lora_config)
+    if at_random:
+        _take_out_scaling(causal_lm)
     # It takes the name of the loaded folder; the recipe's own, with its revision, is what finds the model again.
     lora_config.base_model_name_or_path = base.path
     trained = [parameter for parameter in causal_lm.parameters() if parameter.requires_grad]
@@ -225,6 +227,18 @@ def attach_adapter(
         num_modules=len(targets),
         num_parameters=sum(parameter.numel() for parameter in trained),
     )
+
+
+@torch.no_grad()
+def _take_out_scaling(causal_lm: PreTrainedModel) -> None:
+    """So that random factors change a weight by a part of its size, whatever rank and alpha are.
+
+    Noise that drowned the weights would raise the rounding of the model's float32 norms to what looks like a fault.
+    """
+    for module in causal_lm.modules():
+        for name, factor in getattr(module, "lora_B", {}).items():
+            scaling: Any = module.scaling
+            factor.weight /= max(1.0, float(scaling[name]))
 
 
 def _targets(causal_lm: PreTrainedModel, patterns: str | tuple[str, ...], saved: Sequence[str]) -> list[str]:

@@ -44,8 +44,15 @@ def verify(
         quiet: as for the other workflows; there is nothing to say on the way.
 
     Raises:
+        ConfigError: fewer than two rows, or another dtype.
         GoldsmithError: bad data, or a model that cannot be loaded or fails the proof.
     """
+    if num_rows < 2:
+        raise ConfigError(f"num_rows is {num_rows}, but verify packs at least two rows", remedy="give it 8, say")
+    if dtype not in ("auto", "float32", "float64"):
+        raise ConfigError(
+            f"dtype is {dtype!r}, whose rounding would hide a fault", remedy="use auto, float32 or float64"
+        )
     if not recipe.data.train:
         raise ConfigError("data.train: missing", remedy="name the files whose first rows are to be run")
     device = resolve_device(recipe.model.device)
