@@ -1,13 +1,15 @@
 """Writing a score file so that an interrupted run goes on and ends with the same bytes as one that was not interrupted.
 
-Rows go to `OUTPUT.partial`, which begins with what the run depends on and marks the end of each window of examples. The
-same command finds it, takes up after the last mark, and computes the rest in the same windows. When the last window is
-done the rows are copied to the output in its own form, and the partial file goes.
+Rows go to `OUTPUT.partial`, which begins with what the run depends on and marks the end of each window of examples, with a digest
+of the window. The same command finds it, takes up after the last mark up to which every window is as it was written, and computes
+the rest in the same windows. When the last window is done the rows are copied to the output in its own form, and the partial file
+goes.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,7 +26,7 @@ from goldsmith.types import TokenScores
 
 __all__ = ["ScoreWriter"]
 
-_FORMAT = "goldsmith partial scores 3"
+_FORMAT = "goldsmith partial scores 4"
 
 
 class ScoreWriter:
@@ -89,7 +91,7 @@ class ScoreWriter:
             for scores, parts in examples
         ]
         self.num_done += len(examples)
-        lines.append(json.dumps({"done": self.num_done}))
+        lines.append(json.dumps({"done": self.num_done, "digest": _digest(_encoded(lines))}))
         self._append(lines)
 
     def finish(self) -> None:
@@ -110,7 +112,7 @@ class ScoreWriter:
                 temporary.unlink(missing_ok=True)
 
     def _take_up(self) -> None:
-        """Check whose the partial file is, and cut it back to the last mark; begin it where there is none."""
+        """Check whose the partial file is, and cut it back to its last good mark; begin it where there is none."""
         assert self._file is not None
         self._file.seek(0)
         header = self._file.readline()
@@ -121,9 +123,16 @@ class ScoreWriter:
             return
         self._require_same_run(header)
         end = self._file.tell()
+        digest, num_rows = hashlib.blake2b(digest_size=16), 0
         while (line := self._file.readline()).endswith(b"\n"):
-            if line.startswith(b'{"done"'):
-                self.num_done, end = int(json.loads(line)["done"]), self._file.tell()
+            if not line.startswith(b'{"done"'):
+                digest.update(line)
+                num_rows += 1
+                continue
+            if line != _encoded([json.dumps({"done": num_rows, "digest": digest.hexdigest()})]):
+                break  # damaged: computed again from here
+            self.num_done, end = num_rows, self._file.tell()
+            digest = hashlib.blake2b(digest_size=16)
         with self._naming_the_file():
             self._file.truncate(end)
 
@@ -155,7 +164,7 @@ class ScoreWriter:
     def _append(self, lines: Sequence[str]) -> None:
         assert self._file is not None
         with self._naming_the_file():
-            self._file.write("".join(line + "\n" for line in lines).encode("utf-8", "surrogatepass"))
+            self._file.write(_encoded(lines))
             self._file.flush()
             os.fsync(self._file.fileno())
 
@@ -164,7 +173,18 @@ class ScoreWriter:
         try:
             yield
         except OSError as error:
-            raise MachineError(f"{self.path}: the score file cannot be written: {error.strerror}") from error
+            raise MachineError(
+                f"{self.path}: the score file cannot be written: {error.strerror}",
+                remedy="free disk space and give the same command again, or name a file in another folder: --output",
+            ) from error
+
+
+def _encoded(lines: Iterable[str]) -> bytes:
+    return "".join(line + "\n" for line in lines).encode("utf-8", "surrogatepass")
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _write_json_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:

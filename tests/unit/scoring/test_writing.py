@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -119,7 +120,46 @@ def test_a_file_that_was_not_finished_does_not_bear_the_name(tmp_path: Path) -> 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with (
-        pytest.raises(MachineError, match=r"none/a\.jsonl: the score file cannot be written: No such file"),
+        pytest.raises(
+            MachineError, match=r"none/a\.jsonl: the score file cannot be written: No such file.*\n.*--output"
+        ),
         ScoreWriter(tmp_path / "none" / "a.jsonl", RUN),
     ):
         pass
+
+
+def _cut_line(lines: list[bytes]) -> None:
+    lines[4] = lines[4][:40] + b"\n"
+
+
+def _other_number(lines: list[bytes]) -> None:
+    lines[4] = lines[4].replace(b"-0.333", b"-0.633")
+
+
+def _no_line(lines: list[bytes]) -> None:
+    del lines[4]
+
+
+def _other_order(lines: list[bytes]) -> None:
+    lines[1:3] = lines[2:0:-1]
+
+
+@pytest.mark.parametrize(("damage", "left"), [(_cut_line, 2), (_other_number, 2), (_no_line, 2), (_other_order, 0)])
+def test_a_window_that_is_not_as_it_was_written_is_computed_again(
+    tmp_path: Path, damage: Callable[[list[bytes]], None], left: int
+) -> None:
+    whole = written(tmp_path / "whole.jsonl")
+    path = tmp_path / "a.jsonl"
+    with ScoreWriter(path, RUN) as writer:
+        for one in WINDOWS[:2]:
+            writer.write_window(one)
+    partial = tmp_path / "a.jsonl.partial"
+    lines = partial.read_bytes().splitlines(keepends=True)
+    damage(lines)
+    partial.write_bytes(b"".join(lines))
+    with ScoreWriter(path, RUN) as writer:
+        assert writer.num_done == left
+        for one in WINDOWS[1 if left else 0 :]:
+            writer.write_window(one)
+        writer.finish()
+    assert path.read_bytes() == whole
