@@ -542,6 +542,13 @@ def _read_parquet(handle: IO[bytes], shown: str) -> Iterator[tuple[int, Mapping[
     try:
         # Parquet is read from its end, which a gzip stream cannot give without unpacking it whole.
         file = pq.ParquetFile(io.BytesIO(handle.read()) if isinstance(handle, gzip.GzipFile) else handle)
+        columns = list(file.schema_arrow.names)
+        for name in columns:
+            if columns.count(name) > 1:
+                raise DataError(
+                    f"{shown}: two columns are named {shorten(name)}, and a row has room for one",
+                    remedy="rename one, or take it out",
+                )
         for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
             for values in _parquet_values(batch, shown, count):
                 count += 1

@@ -301,6 +301,14 @@ def test_parquet_rows(tmp_path: Path) -> None:
     assert items[-1].source == "r.parquet:3000"
 
 
+def test_two_parquet_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    columns = [pa.array(["p"]), pa.array(["gold"]), pa.array(["other"])]
+    table = pa.Table.from_arrays(columns, names=["prompt", "completion", "completion"])
+    pq.write_table(table, tmp_path / "r.parquet")
+    with pytest.raises(DataError, match=r"r\.parquet: two columns are named 'completion'"):
+        read(tmp_path / "r.parquet")
+
+
 def test_a_parquet_value_that_is_not_utf8_is_one_row(tmp_path: Path) -> None:
     column = pa.array([b"good", b"\xff", b"fine"], type=pa.binary()).view(pa.string())
     pq.write_table(pa.table({"completion": column}), tmp_path / "r.parquet")
