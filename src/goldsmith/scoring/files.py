@@ -32,6 +32,8 @@ __all__ = ["read_scores", "row_of", "score_from_json", "score_to_json", "stream_
 _ROUNDING = 1e-6
 # `log_prob` and the sum of its tokens may differ by this much, relative to the larger (a file in single precision).
 _SUM_TOLERANCE = 1e-3
+# What stands for a probability of 0 where a tool has no infinity, such as -1.8e308; sums of such numbers would be infinite.
+_NO_LOG_PROB = -1e100
 _PART_OF_A_ROW = re.compile(r"[@#]\d+$")
 _OPTIONAL = ("weighted_log_prob", "weight_sum", "context_tokens", "context", "log_prob_without_context")
 _OPTIONAL_OF_TOKEN = ("rank", "best_log_prob", "entropy")
@@ -249,7 +251,7 @@ def _tokens(value: object, *, place: str) -> tuple[TokenScore, ...]:
                 text=text,
                 log_prob=log_prob,
                 weight=float(weight),
-                rank=None if rank is None else _count(rank, place=place, name=f"{name}.rank"),
+                rank=None if rank is None else _rank(rank, place=place, name=f"{name}.rank"),
                 best_log_prob=None if best is None else _log_prob(best, place=place, name=f"{name}.best_log_prob"),
                 entropy=_number(item.get("entropy"), place=place, name=f"{name}.entropy"),
                 alternatives=_alternatives(item.get("alternatives"), place=place, name=f"{name}.alternatives"),
@@ -307,9 +309,9 @@ def _number(value: object, *, place: str, name: str) -> float | None:
 def _log_prob(value: object, *, place: str, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise DataError(f"{place}: `{name}` is {_shown(value)}, not a number", remedy=_REMEDY)
-    if not _is_finite(value):
+    if not _is_finite(value) or value < _NO_LOG_PROB:
         raise DataError(
-            f"{place}: `{name}` is {_shown(value)}; a log-probability must be finite",
+            f"{place}: `{name}` is {_shown(value)}; a log-probability must be finite, and above {_NO_LOG_PROB:g}",
             remedy="look at this example under the model that scored it: neither a probability of 0 nor NaN compares",
         )
     if value > _ROUNDING:
@@ -333,6 +335,13 @@ def _count(value: object, *, place: str, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise DataError(f"{place}: `{name}` is {_shown(value)}, not a whole number >= 0")
     return value
+
+
+def _rank(value: object, *, place: str, name: str) -> int:
+    rank = _count(value, place=place, name=name)
+    if rank < 1:
+        raise DataError(f"{place}: `{name}` is 0", remedy="a rank counts from 1, which is the likeliest token's")
+    return rank
 
 
 def _shown(value: object, limit: int = 80) -> str:

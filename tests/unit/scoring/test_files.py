@@ -120,6 +120,11 @@ def test_a_hair_above_zero_is_zero() -> None:
         ('{"example_id": "a", "log_prob": true}', "`log_prob` is True, not a number"),
         ('{"example_id": "a", "log_prob": NaN}', "`log_prob` is nan; a log-probability must be finite"),
         ('{"example_id": "a", "log_prob": -Infinity}', "`log_prob` is -inf; a log-probability must be finite"),
+        (
+            '{"example_id": "a", "log_prob": -1.7e308}',
+            r"`log_prob` is -1.7e\+308; a log-probability must be finite, and above",
+        ),
+        ('{"example_id": "a", "tokens": [{"log_prob": -1, "rank": 0}]}', r"`tokens\[0\].rank` is 0\n.*counts from 1"),
         ('{"example_id": "a", "log_prob": 0.48}', "`log_prob` is 0.48, above 0"),
         (
             '{"example_id": "a", "tokens": [{"log_prob": -1}, {"log_prob": 2.5}]}',
