@@ -208,6 +208,7 @@ def _as_goldsmith_error(error: BaseException) -> GoldsmithError | None:
     if isinstance(error, OSError) and error.errno in {
         errno.ENOSPC,
         errno.EDQUOT,
+        errno.EFBIG,
         errno.EROFS,
         errno.EACCES,
         errno.EPERM,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -335,6 +336,18 @@ def test_a_run_whose_recipe_names_no_rows_is_found_again(settings: dict[str, Any
     assert goldsmith.score(str(result.output_dir), GOLD[:3]).num_examples == 3
     with pytest.raises(ConfigError, match="no rows were given"):
         train({**settings, "output_dir": "runs/other"})
+
+
+def test_a_file_that_may_not_grow_is_a_full_disk(settings: dict[str, Any]) -> None:
+    """A limit of the shell (`ulimit -f`) or of the file system (4 GiB on FAT): of the records, and of the weights."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for limit in (2_000, 20_000):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            with pytest.raises(MachineError, match="File too large"):
+                train({**settings, "output_dir": f"runs/{limit}"}, train_rows=GOLD)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_rows_in_memory_resume_and_other_rows_are_refused(

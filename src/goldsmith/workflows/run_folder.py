@@ -85,14 +85,14 @@ def explained_disk_full(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise MachineError(
             f"{folder}: the disk is full ({error.filename or error}); the newest checkpoint is whole",
             remedy="free disk space and give the same command again: it goes on from the newest checkpoint",
         ) from error
     except SafetensorError as error:
-        if "No space left" not in str(error):
+        if "No space left" not in str(error) and "File too large" not in str(error):
             raise
         raise MachineError(
             f"{folder}: the disk is full ({error}); the newest checkpoint is whole",
