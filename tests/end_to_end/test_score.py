@@ -602,3 +602,38 @@ def test_score_files_are_not_cut_and_a_wrong_one_is_told_first(
     monkeypatch.setattr("goldsmith.workflows.comparing.score_opened", lambda *_, **__: pytest.fail("it was scored"))
     with pytest.raises(DataError, match=r"b\.jsonl:1"):
         goldsmith.compare_models(str(tiny_model_folder), "b.jsonl", data="gold.jsonl", device="cpu")
+
+
+def test_a_limit_beyond_learned_positions_is_refused(here: Path) -> None:
+    settings = settings_of_a_run()
+    settings["model"]["init"] = {"architecture": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    settings["output_dir"] = "learned"
+    goldsmith.train(Recipe.from_mapping(settings), quiet=True)
+    long = [{"prompt": "1 " * 40, "completion": "1"}]
+    with pytest.raises(ConfigError, match="--max-length: 1000, but learned has 32 learned positions"):
+        goldsmith.score("learned", long, max_length=1000)
+    settings["data"]["max_length"] = 1000
+    settings["output_dir"] = "more"
+    with pytest.raises(ConfigError, match=r"data\.max_length: 1000, but .* has 32 learned positions"):
+        goldsmith.train(Recipe.from_mapping(settings), quiet=True)
+
+
+def test_what_a_program_may_give_by_mistake_is_refused(here: Path, tiny_model_folder: Path) -> None:
+    for options, said in (
+        ({"tokens_per_microbatch": 0}, "tokens_per_microbatch: 0"),
+        ({"tokens_per_microbatch": -1}, "tokens_per_microbatch: -1"),
+        ({"max_length": 0}, "max_length: 0"),
+        ({"limit": 0}, "limit: .* greater than or equal to 1"),
+    ):
+        with pytest.raises(ConfigError, match=said) as raised:
+            goldsmith.score(str(tiny_model_folder), ROWS, **options)
+        assert "--columns" not in str(raised.value)
+    with pytest.raises(DataError, match="5 is of type int, and neither"):
+        goldsmith.score(str(tiny_model_folder), 5)  # type: ignore[arg-type]
+
+
+def test_files_may_be_paths(here: Path, tiny_model_folder: Path) -> None:
+    of_path, of_text = (
+        goldsmith.score(str(tiny_model_folder), data) for data in (here / "gold.jsonl", str(here / "gold.jsonl"))
+    )
+    assert of_path == of_text

@@ -242,6 +242,16 @@ def _files(sources: Sequence[SourceConfig] | Iterable[Mapping[str, Any]]) -> lis
     return None
 
 
+def _require_iterable(rows: object) -> None:
+    try:
+        iter(rows)  # type: ignore[call-overload]
+    except TypeError as error:
+        raise DataError(
+            f"{shorten(rows)} is of type {type(rows).__name__}, and neither a file nor rows",
+            remedy="give the name of a file, or mappings such as {'prompt': ..., 'completion': ...}",
+        ) from error
+
+
 def _check_names(sources: Sequence[SourceConfig], split: str) -> None:
     paths: dict[str, str] = {}
     for source in sources:
@@ -318,6 +328,7 @@ class _Loading:
                     _require_end(source)
                     self.read_source(source, base_folder)
             else:
+                _require_iterable(sources)
                 self.read_memory(cast("Iterable[Mapping[str, Any]]", sources), name=split)
 
     def read_source(self, source: SourceConfig, base_folder: Path) -> None:

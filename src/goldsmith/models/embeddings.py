@@ -1,4 +1,4 @@
-"""The vocabulary of a model: a row of the embeddings for every token of the tokenizer."""
+"""The embeddings of a model: a row for every token of the tokenizer, and one for every position where those are learned."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from goldsmith.errors import ConfigError
 from goldsmith.models.quiet import quiet_transformers
 
-__all__ = ["fit_embeddings"]
+__all__ = ["fit_embeddings", "require_positions"]
 
 
 @torch.no_grad()
@@ -46,6 +48,28 @@ def fit_embeddings(
     for tensor in tensors:
         tensor[new] = tensor[known.to(tensor.device)].double().mean(dim=0).to(tensor.dtype)
     return added
+
+
+def require_positions(model: PreTrainedModel, max_length: int, *, name: str, option: str | None = None) -> None:
+    """Refuse a limit beyond positions that are learned, one embedding each; rotary ones are computed for any length.
+
+    Args:
+        name, option: what the message calls the model and the setting of the limit (None: `data.max_length`).
+
+    Raises:
+        ConfigError: the model has fewer.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None or max_length <= positions:
+        return
+    for path, module in model.named_modules():
+        own = path.rpartition(".")[2]
+        # Some models (OPT) have a few rows more than positions.
+        if isinstance(module, nn.Embedding) and ("wpe" in own or "pos" in own) and module.num_embeddings < max_length:
+            raise ConfigError(
+                f"{option or 'data.max_length'}: {max_length}, but {name} has {positions} learned positions",
+                remedy=f"set it to {positions} at most; what becomes of longer rows is said by on_too_long",
+            )
 
 
 def _num_rows(model: PreTrainedModel) -> int:

@@ -26,7 +26,7 @@ from goldsmith.models.adapters import (
     require_peft,
     select_trainable,
 )
-from goldsmith.models.embeddings import fit_embeddings
+from goldsmith.models.embeddings import fit_embeddings, require_positions
 from goldsmith.models.folder import load_config, resolve_model_folder, tokenizer_folder
 from goldsmith.models.load import load_causal_lm
 from goldsmith.models.new_model import init_causal_lm
@@ -177,7 +177,20 @@ def causal_lm_of(
     """The published model, or the new one, on its device; `dtype` in place of the recipe's.
 
     It has a row of its embeddings for every token of the tokenizer; see `fit_embeddings`.
+
+    Raises:
+        ConfigError: `data.max_length` is beyond its learned positions.
     """
+    causal_lm = _loaded_or_new(recipe, tokenizer, device, dtype=dtype)
+    if recipe.data.max_length is not None:
+        name = recipe.model.path or f"a new {causal_lm.config.model_type}"
+        require_positions(causal_lm, recipe.data.max_length, name=name)
+    return causal_lm
+
+
+def _loaded_or_new(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, *, dtype: DtypeName | None
+) -> PreTrainedModel:
     if recipe.model.path is not None:
         if recipe.adapter is not None:
             require_peft()

@@ -23,6 +23,7 @@ from goldsmith.errors import CheckpointError, ConfigError, MachineError, ModelEr
 from goldsmith.generation.generate import Generation, GenerationConfig, decode_text
 from goldsmith.generation.generate import generate as decode
 from goldsmith.generation.metrics import GenerationMetrics, measure, measure_example
+from goldsmith.models.embeddings import require_positions
 from goldsmith.models.folder import load_config, model_files, resolve_model_folder, tokenizer_folder
 from goldsmith.models.likelihood import LikelihoodModel
 from goldsmith.models.load import load_causal_lm
@@ -82,7 +83,7 @@ class OpenModel:
 
     def dataset(
         self,
-        data: str | Rows,
+        data: str | Path | Rows,
         *,
         columns: Columns | None,
         on_bad_row: Literal["stop", "skip"],
@@ -93,7 +94,7 @@ class OpenModel:
 
     def spool(
         self,
-        data: str | Rows,
+        data: str | Path | Rows,
         *,
         columns: Columns | None,
         on_bad_row: Literal["stop", "skip"],
@@ -107,7 +108,7 @@ class OpenModel:
 
     def _source(
         self,
-        data: str | Rows,
+        data: str | Path | Rows,
         *,
         columns: Columns | None,
         on_bad_row: Literal["stop", "skip"],
@@ -123,6 +124,7 @@ class OpenModel:
                 f"{data}: a data set of the hub is read by a recipe only, which names its split",
                 remedy="save its rows to a file, for example with `datasets`: Dataset.to_json",
             )
+        data = str(data) if isinstance(data, Path) else data
         try:
             source = SourceConfig(path=data if isinstance(data, str) else "rows", limit=limit)
             config = DataConfig(
@@ -137,7 +139,9 @@ class OpenModel:
             where = {"columns": "--columns", "path": "DATA"}.get(str(first["loc"][0]), str(first["loc"][0]))
             raise ConfigError(
                 f"{where}: {first['msg'].removeprefix('Value error, ')}, but {first['input']!r} was given",
-                remedy="name a file of gold and, with --columns, which of its columns is which field",
+                remedy="name a file of gold and, with --columns, which of its columns is which field"
+                if where in ("--columns", "DATA")
+                else None,
             ) from error
         return {
             "sources": config.train if isinstance(data, str) else data,
@@ -220,6 +224,8 @@ def open_model(
     proof = prove(causal_lm.config, name=path)
     policy = on_too_long or length.on_too_long
     limit = max_length or (length.max_length if policy != "reject" else None)
+    if limit is not None:
+        require_positions(causal_lm, limit, name=path, option=length_options.max_length if max_length else None)
     limit = limit or getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
     return OpenModel(
         name=path,

@@ -40,7 +40,7 @@ _SAY_EVERY = 30.0
 
 def score(
     model: str,
-    data: str | Rows,
+    data: str | Path | Rows,
     *,
     columns: Columns | None = None,
     with_tokens: bool = False,
@@ -80,8 +80,12 @@ def score(
     Raises:
         GoldsmithError: bad data (exit code 3), a refused model (4), a full disk (7).
     """
+    for option, value, least in (("tokens_per_microbatch", tokens_per_microbatch, 1), ("max_length", max_length, 2)):
+        if value is not None and value < least:
+            raise ConfigError(f"{option}: {value} is below {least}", remedy="leave it out for what suits the model")
     if alternatives < 0:
         raise ConfigError(f"alternatives: {alternatives} is negative", remedy="give how many tokens to list, such as 5")
+    data = str(data) if isinstance(data, Path) else data
     if output is not None and (not Path(output).name or os.path.isdir(output)):
         raise ConfigError(f"output: {str(output)!r} is a folder", remedy="give the name of a file")
     if output is not None:
