@@ -148,8 +148,8 @@ def _command(summary: str) -> Callable[[Callable[..., Result]], Callable[..., No
 
 
 def _print_result(result: Result, *, as_json: bool) -> None:
-    if os.environ.get("RANK", "0") != "0":
-        return  # under torchrun the first process speaks for all
+    if os.environ.get("RANK", "0") != "0" or sys.stdout is None:
+        return  # under torchrun the first process speaks for all; and `>&-` leaves nothing to speak to
     if as_json:
         print(json.dumps(_finite(result.to_json()), ensure_ascii=True, allow_nan=False))
     elif hasattr(result, "__rich__") or hasattr(result, "__rich_console__"):

@@ -28,6 +28,7 @@ __all__ = [
     "fsync_tree",
     "replace_folder",
     "require_no_input",
+    "require_ordinary_file",
     "require_space",
     "sha256_file",
     "verify_manifest",
@@ -110,16 +111,29 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     _fsync(path.parent)
 
 
+def require_ordinary_file(path: str | Path, *, option: str = "output") -> None:
+    """Refuse to replace a device or a pipe, such as /dev/null or /dev/stdout: a new file would take its name.
+
+    Raises:
+        ConfigError: it is there, and is neither a file nor a link to one, or lies in /dev.
+    """
+    # /dev/stdout may lead to an ordinary file.
+    if os.path.exists(path) and (not os.path.isfile(path) or os.path.dirname(os.path.abspath(path)) == "/dev"):
+        raise ConfigError(f"{option}: {str(path)!r} is no ordinary file", remedy="give the name of a file")
+
+
 def write_asked_file(path: str | Path, data: bytes | str) -> None:
     """`write_atomic` where the user named the file.
 
     Raises:
         MachineError: it is a folder, its folder is not there, or may not be written.
+        ConfigError: it is a device or a pipe.
     """
     remedy = "give the name of a file in a folder that is there and may be written"
     file = Path(path)
     if not file.name or os.path.isdir(file):
         raise MachineError(f"{str(path)!r} cannot be written: it is a folder", remedy=remedy)
+    require_ordinary_file(file)
     try:
         write_atomic(file, data)
     except (OSError, ValueError) as error:
@@ -167,19 +181,27 @@ def write_manifest(folder: Path) -> None:
     write_atomic(folder / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
 
 
-def verify_manifest(folder: Path) -> None:
+def verify_manifest(folder: Path, *, only: str | None = None, remedy: str | None = None) -> None:
     """Check a folder against its manifest.
+
+    Args:
+        only: this file of it alone.
+        remedy: default: that of a run that would go on from it.
 
     Raises:
         CheckpointError: the manifest or a file is missing, or differs in size or hash.
     """
-    remedy = f"remove {folder}; the same command then goes on from the checkpoint before it, or from the start"
+    remedy = (
+        remedy or f"remove {folder}; the same command then goes on from the checkpoint before it, or from the start"
+    )
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: missing or unreadable ({error})", remedy=remedy) from error
     for name, (num_bytes, digest) in expected.items():
+        if only not in (None, name):
+            continue
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: missing", remedy=remedy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 import goldsmith
 from goldsmith import workflows
 from goldsmith.cli import app
-from goldsmith.errors import ConfigError, DataError, MachineError
+from goldsmith.errors import CheckpointError, ConfigError, DataError, MachineError
 from goldsmith.recipe import Recipe
 from goldsmith.scoring.compare import Comparison
 from goldsmith.scoring.files import score_to_json
@@ -637,3 +638,28 @@ def test_files_may_be_paths(here: Path, tiny_model_folder: Path) -> None:
         goldsmith.score(str(tiny_model_folder), data) for data in (here / "gold.jsonl", str(here / "gold.jsonl"))
     )
     assert of_path == of_text
+
+
+def test_a_pipe_or_a_device_is_not_replaced(here: Path, tiny_model_folder: Path) -> None:
+    """Root could put a file in the place of /dev/null."""
+    pipe, link = here / "pipe", here / "link"
+    os.mkfifo(pipe)
+    link.symlink_to("/dev/null")
+    for output in (pipe, link):
+        with pytest.raises(ConfigError, match="no ordinary file"):
+            goldsmith.score(str(tiny_model_folder), ROWS, output=output)
+        with pytest.raises(ConfigError, match="no ordinary file"):
+            goldsmith.generate(str(tiny_model_folder), prompts=["1"], max_new_tokens=1, output=output)
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+
+
+def test_a_damaged_checkpoint_is_not_scored(here: Path) -> None:
+    folder = goldsmith.train(Recipe.from_mapping(settings_of_a_run()), quiet=True).output_dir / "checkpoints"
+    checkpoint = max(folder.glob("step-*"))
+    weights = checkpoint / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"sha256 differs.*\n.*another checkpoint"):
+        goldsmith.score(str(checkpoint), ROWS)

@@ -35,7 +35,7 @@ from goldsmith.recipe import Recipe, load_recipe
 from goldsmith.records import DataReport
 from goldsmith.report.run_files import RECIPE
 from goldsmith.scoring.summary import skipped_lines
-from goldsmith.storage import require_no_input, write_asked_file
+from goldsmith.storage import require_no_input, verify_manifest, write_asked_file
 from goldsmith.training.checkpoint import load_weights
 from goldsmith.types import Conversation, Message
 from goldsmith.workflows.materials import Rows, causal_lm_of, choose_trained, own_limit_of
@@ -200,6 +200,9 @@ def open_model(
         causal_lm: Any = causal_lm_of(recipe, tokenizer, resolve_device(device))
         silence_randomness(causal_lm)
         choose_trained(recipe, causal_lm, tokenizer)
+        verify_manifest(
+            Path(path), only="model.safetensors", remedy="name another checkpoint of the run, or its result"
+        )
         load_weights(Path(path), causal_lm)
         wanted = parameter_dtype(resolve_dtype(recipe.model.dtype if dtype == "auto" else dtype, torch.device("cpu")))
         if wanted != parameter_dtype(resolve_dtype(recipe.model.dtype, torch.device("cpu"))):

@@ -27,7 +27,7 @@ from goldsmith.scoring.summary import ScoreSummary
 from goldsmith.scoring.tally import ScoreTally, parts_of
 from goldsmith.scoring.texts import TokenTexts
 from goldsmith.scoring.writing import ScoreWriter
-from goldsmith.storage import require_no_input
+from goldsmith.storage import require_no_input, require_ordinary_file
 from goldsmith.workflows.materials import Rows
 from goldsmith.workflows.models import LENGTH_OPTIONS, OpenModel, files_of_model, open_model
 from goldsmith.workflows.saying import RowCounter, Say
@@ -89,6 +89,7 @@ def score(
     if output is not None and (not Path(output).name or os.path.isdir(output)):
         raise ConfigError(f"output: {str(output)!r} is a folder", remedy="give the name of a file")
     if output is not None:
+        require_ordinary_file(output)
         require_no_input(output, files_of_model(model), writes="the scores")
     opened = open_model(
         model,
