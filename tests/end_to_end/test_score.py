@@ -638,6 +638,12 @@ def test_files_may_be_paths(here: Path, tiny_model_folder: Path) -> None:
         goldsmith.score(str(tiny_model_folder), data) for data in (here / "gold.jsonl", str(here / "gold.jsonl"))
     )
     assert of_path == of_text
+    with pytest.raises(ConfigError, match="the data itself"):
+        goldsmith.generate(str(tiny_model_folder), here / "gold.jsonl", output=here / "gold.jsonl")
+
+
+def test_one_prompt_is_one(tiny_model_folder: Path) -> None:
+    assert len(goldsmith.generate(str(tiny_model_folder), prompts="1 + 1", max_new_tokens=1).answers) == 1
 
 
 def test_a_pipe_or_a_device_is_not_replaced(here: Path, tiny_model_folder: Path) -> None:

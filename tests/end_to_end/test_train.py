@@ -350,6 +350,15 @@ def test_a_file_that_may_not_grow_is_a_full_disk(settings: dict[str, Any]) -> No
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def test_a_finished_run_is_not_told_as_that_of_other_data(settings: dict[str, Any], here: Path) -> None:
+    train(settings)
+    write_rows(here / "eval.jsonl", HELD_OUT[:-1])
+    with pytest.raises(MachineError, match=r"finished, and the data is no longer what it read: eval: .*eval\.jsonl"):
+        train(settings)
+    (here / "eval.jsonl").unlink()
+    assert train(settings).already_finished
+
+
 def test_rows_in_memory_resume_and_other_rows_are_refused(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import goldsmith
 from goldsmith import errors
-from goldsmith.cli import EXIT_CODES, app
+from goldsmith.cli import EXIT_CODES, _print_result, app
 
 COMMANDS = {
     "train": ["recipe.yaml"],
@@ -273,6 +273,12 @@ def test_a_renderable_is_plain_and_unbroken_outside_a_terminal(workflows: Workfl
 
     workflows.act = Coloured
     assert run("demo").stdout == "long " * 60 + "\n"
+
+
+def test_a_closed_standard_output_is_no_bug(workflows: Workflows, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`goldsmith score ... -o FILE >&-`: Python has no stream then."""
+    monkeypatch.setattr("sys.stdout", None)
+    _print_result(workflows.train(), as_json=True)
 
 
 def test_only_the_first_process_prints(workflows: Workflows, monkeypatch: pytest.MonkeyPatch) -> None:

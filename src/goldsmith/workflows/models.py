@@ -376,7 +376,7 @@ SHOWN_ANSWERS = 10
 
 def generate(
     model: str,
-    data: str | Rows | None = None,
+    data: str | Path | Rows | None = None,
     *,
     prompts: Sequence[str] = (),
     columns: Columns | None = None,
@@ -403,6 +403,8 @@ def generate(
         ConfigError: both or neither of `data` and `prompts`; a setting out of its range; `output` is one of the files that
             are read.
     """
+    data = str(data) if isinstance(data, Path) else data
+    prompts = (prompts,) if isinstance(prompts, str) else prompts
     if (data is None) == (not prompts):
         raise ConfigError("generate wants data or prompts, and not both", remedy="give one of them")
     try:

@@ -48,6 +48,7 @@ from goldsmith.workflows.run_folder import (
     explained_disk_full,
     open_folder,
     require_run_space,
+    require_unchanged_files,
     shared_tokenizer,
 )
 from goldsmith.workflows.run_recipe import (
@@ -118,6 +119,7 @@ def train(
         stored = stored_recipe(recipe, folder)
         distributed.barrier()  # every process has seen the folder as it was
         if stored is not None and (folder / RESULT).is_file():
+            require_unchanged_files(folder)
             return finished_result(folder)
         with explained_disk_full(folder):
             return _run(recipe, stored, folder, device, rows, eval_rows, quiet=quiet)

@@ -26,7 +26,7 @@ from goldsmith.models.precision import stored_dtype
 from goldsmith.models.quantized import num_weights
 from goldsmith.recipe import Recipe
 from goldsmith.report.run_files import DATA, ENVIRONMENT, RECIPE
-from goldsmith.storage import FolderLock, replace_folder, require_space, write_atomic
+from goldsmith.storage import FolderLock, replace_folder, require_space, sha256_file, write_atomic
 from goldsmith.training.checkpoint import checkpoint_bytes
 from goldsmith.training.trainer import Trainer
 from goldsmith.workflows.materials import RowList, tokenizer_of
@@ -152,6 +152,27 @@ def _require_same_data(before: dict[str, Any], now: dict[str, Any], folder: Path
         f"{folder}: the data is not what the run began with: {'; '.join(changed)}",
         remedy="restore the files, or train the new data into another output_dir",
     )
+
+
+def require_unchanged_files(folder: Path) -> None:
+    """Refuse to tell the result of a finished run as that of files which are others by now; files that are gone say nothing.
+
+    Raises:
+        MachineError: a file's bytes are not those that the run read.
+    """
+    path = folder / DATA
+    splits = json.loads(path.read_text()) if path.is_file() else {}
+    changed = [
+        f"{split}: {file['path']}"
+        for split, report in splits.items()
+        for file in report.get("files", ())
+        if file.get("sha256") and Path(file["path"]).is_file() and sha256_file(Path(file["path"])) != file["sha256"]
+    ]
+    if changed:
+        raise MachineError(
+            f"{folder}: the run is finished, and the data is no longer what it read: {'; '.join(changed)}",
+            remedy="train the new data into another output_dir, or restore the files; result.json tells of the old",
+        )
 
 
 def data_report_of(train_data: Dataset | ExampleStream, eval_data: Dataset | None) -> dict[str, Any]:
