@@ -36,6 +36,7 @@ LOG_PROB_STEPS = 500
 ALTERNATIVE_STEPS = 25
 ENTROPY_STEPS = 50
 WEIGHT_STEPS = 1000
+_LARGEST = 2**32 - 1
 
 # Codes of an alternative's text: none, the gold token itself, else the entry of the table + 2.
 NO_ALTERNATIVE, IS_GOLD, FIRST_ENTRY = 0, 1, 2
@@ -100,7 +101,10 @@ class _Columns:
 
     def add(self, values: Sequence[int]) -> int:
         """Its place in the index."""
-        array = np.asarray(values, dtype=np.uint32)
+        try:
+            array = np.asarray(values, dtype=np.uint32)
+        except OverflowError:  # weights or ranks beyond what the page holds; sums are not made from these
+            array = np.asarray([min(value, _LARGEST) for value in values], dtype=np.uint32)
         width = max(1, -(-int(array.max(initial=0)).bit_length() // 8))
         self._parts += [((array >> (8 * plane)) & 0xFF).astype(np.uint8).tobytes() for plane in range(width)]
         self.index.append((len(array), width))

@@ -114,6 +114,7 @@ def test_spans_of_a_completion() -> None:
         ([{"begin": 0, "end": 4, "weight": 1}], "bad span", "3 characters"),
         ([{"begin": 0, "end": 1, "weight": -1}], "bad weight", "spans[0].weight"),
         ([{"begin": 0, "end": 1, "weight": float("nan")}], "bad weight", "finite"),
+        ([{"begin": 0, "end": 1, "weight": 1e39}], "bad weight", "at most 1e+30"),
         ([{"begin": 0, "end": 1, "weight": True}], "wrong type", "spans[0].weight"),
         ([{"begin": 0, "end": 1, "weight": None}], "wrong type", "spans[0].weight"),
         ([{"begin": 1, "end": 3, "weight": 1}, {"begin": 0, "end": 2, "weight": 1}], "overlapping spans", "ends at 2"),

@@ -112,6 +112,16 @@ def test_a_file_of_sums_only_is_enough() -> None:
     assert "nll_per_token" not in header["sides"][0]["totals"]
 
 
+def test_numbers_beyond_four_bytes_end_there() -> None:
+    """A weight of ten million, and what some tools write for a probability of 0."""
+    far = TokenScore(token_id=1, text="x", log_prob=-3.4e38, weight=1e7, rank=10**12)
+    scores = TokenScores(example_id="a", source="", log_prob=-3.4e38, num_target_tokens=1, num_bytes=1, tokens=(far,))
+    header, columns = build([Side(name="a", scores=[scores])])
+    assert header["sides"][0]["totals"]["log_prob"] == -3.4e38
+    index = header["sides"][0]["columns"]
+    assert [columns[index[name]] for name in ("log_prob", "weight", "rank")] == [[2**32 - 1]] * 3
+
+
 def test_numbers_beyond_two_bytes_and_weights_are_kept() -> None:
     far = TokenScore(token_id=1, text="x", log_prob=-400.0, weight=0.25, rank=70_000, best_log_prob=-0.001)
     score = TokenScores(example_id="a", source="", log_prob=-400.0, num_target_tokens=1, num_bytes=1, tokens=(far,))

@@ -91,7 +91,7 @@ def _number(value: object, name: str) -> float:
 
 
 # Sums of weights over any number of rows and tokens stay finite, and so do products of two of them.
-_LARGEST_ROW_WEIGHT = 1e30
+_LARGEST_WEIGHT = 1e30
 
 
 def checked_row_weight(value: object, name: str, *, source_weight: float = 1.0) -> float:
@@ -100,11 +100,11 @@ def checked_row_weight(value: object, name: str, *, source_weight: float = 1.0) 
     if own <= 0:
         raise BadRowError("bad weight", f"the field {name!r} is {shorten(value)}; a row's weight is above 0")
     weight = own * source_weight
-    if not 0 < weight <= _LARGEST_ROW_WEIGHT:
+    if not 0 < weight <= _LARGEST_WEIGHT:
         raise BadRowError(
             "bad weight",
             f"{own:g}, the row's weight, times {source_weight:g}, that of its source, is {weight:g}; "
-            f"a weight is above 0 and at most {_LARGEST_ROW_WEIGHT:g}",
+            f"a weight is above 0 and at most {_LARGEST_WEIGHT:g}",
         )
     return weight
 
@@ -114,8 +114,11 @@ def checked_weight(value: object, name: str) -> float:
     if value is None:
         return 1.0
     weight = _number(value, name)
-    if weight < 0:
-        raise BadRowError("bad weight", f"the field {name!r} is {shorten(value)}; this weight is at least 0")
+    if not 0 <= weight <= _LARGEST_WEIGHT:
+        raise BadRowError(
+            "bad weight",
+            f"the field {name!r} is {shorten(value)}; this weight is at least 0 and at most {_LARGEST_WEIGHT:g}",
+        )
     return weight
 
 
