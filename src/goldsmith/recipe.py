@@ -45,7 +45,7 @@ from goldsmith.training.optimizer import OptimizerConfig
 from goldsmith.training.trackers.config import TrackerConfigs
 from goldsmith.training.trainer import EvaluationConfig, TrainingConfig
 
-__all__ = ["Recipe", "load_recipe"]
+__all__ = ["Recipe", "load_recipe", "require_recipe"]
 
 KeyPath = tuple[str | int, ...]
 
@@ -161,6 +161,19 @@ class Recipe(BaseModel):
             for key in dict.fromkeys([*mine, *others])
             if (key in mine) != (key in others) or mine.get(key) != others.get(key)
         }
+
+
+def require_recipe(recipe: object) -> None:
+    """Refuse what is no recipe, such as the name of its file.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(
+            f"the recipe is of type {type(recipe).__name__}: {str(recipe)[:80]!r}",
+            remedy="read a file with goldsmith.load_recipe(path), or give Recipe.from_mapping({...})",
+        )
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, of_run: bool = False) -> Recipe:

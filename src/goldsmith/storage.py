@@ -122,8 +122,8 @@ def require_ordinary_file(path: str | Path, *, option: str = "output") -> None:
         raise ConfigError(f"{option}: {str(path)!r} is no ordinary file", remedy="give the name of a file")
 
 
-def write_asked_file(path: str | Path, data: bytes | str) -> None:
-    """`write_atomic` where the user named the file.
+def write_asked_file(path: str | Path, data: bytes | str, *, option: str = "output") -> None:
+    """`write_atomic` where the user named the file, by this option.
 
     Raises:
         MachineError: it is a folder, its folder is not there, or may not be written.
@@ -133,7 +133,7 @@ def write_asked_file(path: str | Path, data: bytes | str) -> None:
     file = Path(path)
     if not file.name or os.path.isdir(file):
         raise MachineError(f"{str(path)!r} cannot be written: it is a folder", remedy=remedy)
-    require_ordinary_file(file)
+    require_ordinary_file(file, option=option)
     try:
         write_atomic(file, data)
     except (OSError, ValueError) as error:

@@ -613,6 +613,17 @@ def test_a_limit_beyond_learned_positions_is_refused(here: Path) -> None:
     long = [{"prompt": "1 " * 40, "completion": "1"}]
     with pytest.raises(ConfigError, match="--max-length: 1000, but learned has 32 learned positions"):
         goldsmith.score("learned", long, max_length=1000)
+    # Without a limit of its own a new model has its positions, by whatever name.
+    settings["output_dir"] = "long"
+    with pytest.raises(DataError, match="max_length is 32"):
+        goldsmith.train(Recipe.from_mapping(settings), train_rows=[*ROWS, *long], quiet=True)
+    # OPT's rows more than positions are an offset.
+    opt = {"architecture": "opt", "hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for init in (settings["model"]["init"], {**opt, "max_position_embeddings": 32, "word_embed_proj_dim": 16}):
+        settings["model"]["init"] = init
+        settings["data"]["max_length"] = 33
+        with pytest.raises(ConfigError, match=r"data\.max_length: 33, but .* has 32 learned positions"):
+            goldsmith.train(Recipe.from_mapping(settings), quiet=True)
     settings["data"]["max_length"] = 1000
     settings["output_dir"] = "more"
     with pytest.raises(ConfigError, match=r"data\.max_length: 1000, but .* has 32 learned positions"):
@@ -629,8 +640,23 @@ def test_what_a_program_may_give_by_mistake_is_refused(here: Path, tiny_model_fo
         with pytest.raises(ConfigError, match=said) as raised:
             goldsmith.score(str(tiny_model_folder), ROWS, **options)
         assert "--columns" not in str(raised.value)
-    with pytest.raises(DataError, match="5 is of type int, and neither"):
-        goldsmith.score(str(tiny_model_folder), 5)  # type: ignore[arg-type]
+        if "limit" not in options:
+            with pytest.raises(ConfigError, match=said):
+                goldsmith.compare_models("a", "b", data=ROWS, **options)
+    with pytest.raises(ConfigError, match="dtype: 'int8' is not known"):
+        goldsmith.score(str(tiny_model_folder), ROWS, dtype="int8")  # type: ignore[arg-type]
+    for wrong in ("recipe.yaml", {"model": {}}):
+        for workflow in (goldsmith.train, goldsmith.verify):
+            with pytest.raises(ConfigError, match=f"the recipe is of type {type(wrong).__name__}"):
+                workflow(wrong)  # type: ignore[arg-type]
+    recipe = Recipe.from_mapping({**settings_of_a_run(), "output_dir": "nothing"})
+    for call in (
+        lambda: goldsmith.score(str(tiny_model_folder), 5),  # type: ignore[arg-type]
+        lambda: goldsmith.compare_models("a", "b", data=5),  # type: ignore[arg-type]
+        lambda: goldsmith.train(recipe, train_rows=5),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(DataError, match="5 is of type int, and neither"):
+            call()
 
 
 def test_files_may_be_paths(here: Path, tiny_model_folder: Path) -> None:
@@ -638,6 +664,9 @@ def test_files_may_be_paths(here: Path, tiny_model_folder: Path) -> None:
         goldsmith.score(str(tiny_model_folder), data) for data in (here / "gold.jsonl", str(here / "gold.jsonl"))
     )
     assert of_path == of_text
+    other = shutil.copytree(tiny_model_folder, "other")
+    found = goldsmith.compare_models(str(tiny_model_folder), str(other), data=here / "gold.jsonl", device="cpu")
+    assert found.num_shared > 0
     with pytest.raises(ConfigError, match="the data itself"):
         goldsmith.generate(str(tiny_model_folder), here / "gold.jsonl", output=here / "gold.jsonl")
 
@@ -646,8 +675,11 @@ def test_one_prompt_is_one(tiny_model_folder: Path) -> None:
     assert len(goldsmith.generate(str(tiny_model_folder), prompts="1 + 1", max_new_tokens=1).answers) == 1
 
 
-def test_a_pipe_or_a_device_is_not_replaced(here: Path, tiny_model_folder: Path) -> None:
-    """Root could put a file in the place of /dev/null."""
+def test_a_pipe_or_a_device_is_not_replaced(
+    here: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root could put a file in the place of /dev/null. Told before anything is computed."""
+    monkeypatch.setattr("goldsmith.workflows.models.decode", None)
     pipe, link = here / "pipe", here / "link"
     os.mkfifo(pipe)
     link.symlink_to("/dev/null")

@@ -359,6 +359,15 @@ def test_a_finished_run_is_not_told_as_that_of_other_data(settings: dict[str, An
     assert train(settings).already_finished
 
 
+def test_a_file_that_came_since_a_run_was_finished_is_named(settings: dict[str, Any], here: Path) -> None:
+    settings["data"]["train"] = "train*.jsonl"
+    train(settings)
+    assert train(settings).already_finished
+    write_rows(here / "train2.jsonl", HELD_OUT)
+    with pytest.raises(MachineError, match=r"no longer what it read: train: .*train2\.jsonl, which came"):
+        train(settings)
+
+
 def test_rows_in_memory_resume_and_other_rows_are_refused(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

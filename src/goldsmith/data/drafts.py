@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from goldsmith.data.formats.checks import LARGEST_WEIGHT, SMALLEST_WEIGHT
 from goldsmith.data.rendering_config import RenderingConfig
 from goldsmith.data.rows import Rejection
 from goldsmith.types import Conversation, GoldTurn
@@ -86,10 +87,21 @@ def turn_weights(
         weights: of the turn's gold tokens, without the end.
         has_end: whether one token more ends the turn; the result holds it then.
         end_weight: what that token weighs, if it is trained on.
+
+    Raises:
+        RejectedError: a weight becomes so large or small that float32 would lose it.
     """
     end = [end_weight if config.train_on_end_token else 0.0] if has_end else []
     result = np.concatenate([weights, np.array(end, dtype=np.float32)])
     if config.first_tokens:
         gold = np.flatnonzero(result > 0)[: config.first_tokens]
-        result[gold] *= np.float32(config.first_tokens_weight)
+        products = result[gold].astype(np.float64) * config.first_tokens_weight
+        is_wrong = (products != 0) & ((products < SMALLEST_WEIGHT) | (products > LARGEST_WEIGHT))
+        if is_wrong.any():
+            raise RejectedError(
+                "bad weight",
+                f"rendering.first_tokens_weight makes a weight of {products[is_wrong][0]:g}; a weight is 0, or from "
+                f"{SMALLEST_WEIGHT:g} to {LARGEST_WEIGHT:g}",
+            )
+        result[gold] = products
     return result

@@ -27,7 +27,7 @@ from goldsmith.errors import ConfigError, DataError
 from goldsmith.records import DataReport, FileReport
 from goldsmith.types import Conversation, Message, TokenizedExample
 
-__all__ = ["RowWatcher", "load_dataset", "read_texts", "render_rows", "spool_dataset", "watch_rows"]
+__all__ = ["RowWatcher", "load_dataset", "read_texts", "render_rows", "require_iterable", "spool_dataset", "watch_rows"]
 
 # What a row is before it is rendered; a source of token ids needs no rendering.
 _Readable = Conversation | TokenizedExample
@@ -242,7 +242,12 @@ def _files(sources: Sequence[SourceConfig] | Iterable[Mapping[str, Any]]) -> lis
     return None
 
 
-def _require_iterable(rows: object) -> None:
+def require_iterable(rows: object) -> None:
+    """Refuse what is neither a file nor rows.
+
+    Raises:
+        DataError: a number, say.
+    """
     try:
         iter(rows)  # type: ignore[call-overload]
     except TypeError as error:
@@ -328,7 +333,7 @@ class _Loading:
                     _require_end(source)
                     self.read_source(source, base_folder)
             else:
-                _require_iterable(sources)
+                require_iterable(sources)
                 self.read_memory(cast("Iterable[Mapping[str, Any]]", sources), name=split)
 
     def read_source(self, source: SourceConfig, base_folder: Path) -> None:

@@ -237,8 +237,15 @@ def _take_out_scaling(causal_lm: PreTrainedModel) -> None:
     """
     for module in causal_lm.modules():
         for name, factor in getattr(module, "lora_B", {}).items():
-            scaling: Any = module.scaling
-            factor.weight /= max(1.0, float(scaling[name]))
+            adapted: Any = module
+            factor.weight /= max(1.0, float(adapted.scaling[name]))
+            if name in adapted.lora_magnitude_vector:  # DoRA's, which was that of the larger factors
+                adapted.lora_magnitude_vector[name].update_layer(
+                    base_layer=adapted.get_base_layer(),
+                    lora_A=adapted.lora_A[name].weight,
+                    lora_B=factor.weight,
+                    scaling=adapted.scaling[name],
+                )
 
 
 def _targets(causal_lm: PreTrainedModel, patterns: str | tuple[str, ...], saved: Sequence[str]) -> list[str]:

@@ -305,7 +305,7 @@ class _DecoderLayer(torch.autograd.Function):
         if rows is not None:
             attended = attended.index_select(0, rows)
         grad_attended = linears.backward(("self_attn.o_proj",), (grad_product_RD,), attended)
-        del grad_product_RD
+        del grad_product_RD, attended
         if rows is not None:
             everywhere = grad_attended.new_zeros(x_ND.shape[0], grad_attended.shape[1])
             grad_attended = everywhere.index_copy_(0, rows, grad_attended)

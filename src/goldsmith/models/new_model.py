@@ -15,7 +15,7 @@ from goldsmith.models.precision import DtypeName, parameter_dtype, place, resolv
 from goldsmith.models.quiet import quiet_transformers
 from goldsmith.models.wording import nearest_known, one_line
 
-__all__ = ["init_causal_lm"]
+__all__ = ["init_causal_lm", "own_positions"]
 
 # Typed as Any: its classmethods are not annotated.
 _auto_model: Any = AutoModelForCausalLM
@@ -30,6 +30,19 @@ _NOT_FOR_INIT = {
     "architectures": "set `architecture`",
     "model_type": "set `architecture`",
 }
+
+
+def own_positions(init: Mapping[str, Any]) -> int | None:
+    """The positions of a new model, by whatever name its configuration has for them, or as many as that has by itself.
+
+    None where it has none, or where `init_causal_lm` refuses the settings.
+    """
+    settings = dict(init)
+    architecture = settings.pop("architecture", None)
+    try:
+        return getattr(CONFIG_MAPPING[architecture](**settings), "max_position_embeddings", None)
+    except Exception:  # see there
+        return None
 
 
 def init_causal_lm(

@@ -48,8 +48,14 @@ def resolve_device(device: str = "auto") -> torch.device:
 
 
 def resolve_dtype(dtype: DtypeName, device: torch.device) -> torch.dtype:
-    """What the forward pass computes in: `auto` is float32 on a CPU, bfloat16 (autocast) on a GPU that has it."""
+    """What the forward pass computes in: `auto` is float32 on a CPU, bfloat16 (autocast) on a GPU that has it.
+
+    Raises:
+        ConfigError: another name.
+    """
     if dtype != "auto":
+        if dtype not in _DTYPES:
+            raise ConfigError(f"dtype: {dtype!r} is not known", remedy=f"use auto, {', '.join(_DTYPES)}")
         return _DTYPES[dtype]
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16

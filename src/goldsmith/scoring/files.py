@@ -245,6 +245,14 @@ def _tokens(value: object, *, place: str) -> tuple[TokenScore, ...]:
             raise DataError(f"{place}: `{name}.text` is {_shown(text)}, not text")
         log_prob = _log_prob(item["log_prob"], place=place, name=f"{name}.log_prob")
         best, rank = item.get("best_log_prob"), item.get("rank")
+        best = None if best is None else _log_prob(best, place=place, name=f"{name}.best_log_prob")
+        if best is not None and best < log_prob - _SUM_TOLERANCE * max(1.0, -log_prob):
+            raise DataError(f"{place}: `{name}.best_log_prob` is {best}, below `log_prob`, {log_prob}", remedy=_REMEDY)
+        entropy = _number(item.get("entropy"), place=place, name=f"{name}.entropy")
+        if entropy is not None and entropy < -_ROUNDING:
+            raise DataError(
+                f"{place}: `{name}.entropy` is {entropy}, below 0", remedy="write nats, of the whole distribution"
+            )
         tokens.append(
             TokenScore(
                 token_id=token_id,
@@ -252,8 +260,8 @@ def _tokens(value: object, *, place: str) -> tuple[TokenScore, ...]:
                 log_prob=log_prob,
                 weight=float(weight),
                 rank=None if rank is None else _rank(rank, place=place, name=f"{name}.rank"),
-                best_log_prob=None if best is None else _log_prob(best, place=place, name=f"{name}.best_log_prob"),
-                entropy=_number(item.get("entropy"), place=place, name=f"{name}.entropy"),
+                best_log_prob=best,
+                entropy=entropy,
                 alternatives=_alternatives(item.get("alternatives"), place=place, name=f"{name}.alternatives"),
             )
         )

@@ -295,6 +295,19 @@ def lost_text(losses: Losses) -> str:
     return f"{shown}; {losses.tokens_lost:,} tokens lost, {losses.gold_tokens_lost:,} of them gold"
 
 
+def _without_remedy(place: str) -> str:
+    """Leaving rows out is what was chosen to do about them; in Python and in JSON the remedy stands.
+
+    >>> _without_remedy("f.jsonl:3: 12 tokens, but max_length is 11; shorten the row")
+    'f.jsonl:3: 12 tokens, but max_length is 11'
+    >>> _without_remedy("f.jsonl:4: a JSON object was expected, but this is of type str: 'a; b'")
+    "f.jsonl:4: a JSON object was expected, but this is of type str: 'a; b'"
+    """
+    seen, _, remedy = place.rpartition("; ")
+    is_quoted = any(remedy.count(mark) or seen.count(mark) % 2 for mark in "'\"")
+    return place if is_quoted or not seen else seen
+
+
 def skipped_lines(rejected: Mapping[str, int], first: Mapping[str, str]) -> list[str]:
     """How many rows were skipped, by reason, and below that the first of each, without its remedy; nothing where none was.
 
@@ -304,8 +317,7 @@ def skipped_lines(rejected: Mapping[str, int], first: Mapping[str, str]) -> list
     if not rejected:
         return []
     counts = ", ".join(f"{count:,} {reason}" for reason, count in rejected.items())
-    # Leaving rows out is what was chosen to do about them; the figures in Python and JSON have the remedy too.
-    seen = {reason: first[reason].rpartition("; ")[0] or first[reason] for reason in rejected if reason in first}
+    seen = {reason: _without_remedy(first[reason]) for reason in rejected if reason in first}
     return [counts, *(f"{reason}: first {place}" for reason, place in seen.items())]
 
 

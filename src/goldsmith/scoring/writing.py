@@ -8,6 +8,7 @@ goes.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -173,9 +174,12 @@ class ScoreWriter:
         try:
             yield
         except OSError as error:
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             raise MachineError(
                 f"{self.path}: the score file cannot be written: {error.strerror}",
-                remedy="free disk space and give the same command again, or name a file in another folder: --output",
+                remedy="free disk space and give the same command again"
+                if is_full
+                else "name a file in a folder that is there and may be written: --output",
             ) from error
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from goldsmith.data.config import Columns
+from goldsmith.data.loader import require_iterable
 from goldsmith.data.truncation import TOO_LONG, LengthPolicy, Losses
 from goldsmith.errors import ConfigError
 from goldsmith.models.precision import DtypeName
@@ -21,7 +22,7 @@ from goldsmith.scoring.ranking import Ranking
 from goldsmith.scoring.ranking import compare as compare_scores
 from goldsmith.scoring.summary import ScoreSummary, lost_text, skipped_lines
 from goldsmith.workflows.materials import Rows
-from goldsmith.workflows.models import LENGTH_OPTIONS, open_model, row_limit_of, vocabulary_of
+from goldsmith.workflows.models import LENGTH_OPTIONS, open_model, require_sizes, row_limit_of, vocabulary_of
 from goldsmith.workflows.saying import RowCounter, Say
 from goldsmith.workflows.scoring import score_opened
 
@@ -87,7 +88,7 @@ def compare(
 
 def compare_models(
     *models: str,
-    data: str | Rows,
+    data: str | Path | Rows,
     columns: Columns | None = None,
     limit: int | None = None,
     on_bad_row: Literal["stop", "skip"] = "stop",
@@ -115,12 +116,15 @@ def compare_models(
         ConfigError: `right` or `split`, which cut the gold by tokens, and models of different vocabularies.
     """
     _require_two(models)
+    require_sizes(tokens_per_microbatch, max_length)
     if len(set(models)) < len(models):
         raise ConfigError(f"a model is named twice: {', '.join(models)}", remedy="name each once")
     for model in models:
         if _is_file(model):  # hours of scoring would be lost
             deque(stream_scores(model), maxlen=0)
-    rows = data if isinstance(data, str) else list(data)
+    if not isinstance(data, str | Path):
+        require_iterable(data)
+    rows = str(data) if isinstance(data, str | Path) else list(data)
     names = _short_names(models)
     scored = {name: model for name, model in zip(names, models, strict=True) if not _is_file(model)}
     cut = _same_for_all(scored, max_length=max_length, on_too_long=on_too_long)

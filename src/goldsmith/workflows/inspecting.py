@@ -117,7 +117,7 @@ def inspect(
         strict=strict,
     )
     if html is not None:
-        write_asked_file(html, html_page(result))
+        write_asked_file(html, html_page(result), option="html")
     return result
 
 

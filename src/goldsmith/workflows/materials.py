@@ -29,7 +29,7 @@ from goldsmith.models.adapters import (
 from goldsmith.models.embeddings import fit_embeddings, require_positions
 from goldsmith.models.folder import load_config, resolve_model_folder, tokenizer_folder
 from goldsmith.models.load import load_causal_lm
-from goldsmith.models.new_model import init_causal_lm
+from goldsmith.models.new_model import init_causal_lm, own_positions
 from goldsmith.models.precision import DtypeName, resolve_dtype
 from goldsmith.recipe import Recipe
 
@@ -92,7 +92,7 @@ def own_limit_of(recipe: Recipe) -> int | None:
         config = load_config(resolve_model_folder(recipe.model.path, revision=recipe.model.revision))
         return getattr(config.get_text_config(), "max_position_embeddings", None)
     assert recipe.model.init is not None
-    return recipe.model.init.get("max_position_embeddings")
+    return own_positions(recipe.model.init)
 
 
 def renderer_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Renderer:

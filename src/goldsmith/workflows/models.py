@@ -35,7 +35,7 @@ from goldsmith.recipe import Recipe, load_recipe
 from goldsmith.records import DataReport
 from goldsmith.report.run_files import RECIPE
 from goldsmith.scoring.summary import skipped_lines
-from goldsmith.storage import require_no_input, verify_manifest, write_asked_file
+from goldsmith.storage import require_no_input, require_ordinary_file, verify_manifest, write_asked_file
 from goldsmith.training.checkpoint import load_weights
 from goldsmith.types import Conversation, Message
 from goldsmith.workflows.materials import Rows, causal_lm_of, choose_trained, own_limit_of
@@ -310,6 +310,17 @@ def files_of_model(path: str) -> list[tuple[str, Path]]:
     return [("a file of the model", file) for file in files]
 
 
+def require_sizes(tokens_per_microbatch: int | None, max_length: int | None) -> None:
+    """Refuse what holds no token, or no context and gold.
+
+    Raises:
+        ConfigError: a size is too small; None is never.
+    """
+    for option, value, least in (("tokens_per_microbatch", tokens_per_microbatch, 1), ("max_length", max_length, 2)):
+        if value is not None and value < least:
+            raise ConfigError(f"{option}: {value} is below {least}", remedy="leave it out for what suits the model")
+
+
 def _scoring_dtype(dtype: DtypeName) -> torch.dtype:
     """Products are float32 unless half precision is asked for by name: numbers that are compared are worth the time."""
     return torch.float32 if dtype in ("auto", "float64") else resolve_dtype(dtype, torch.device("cpu"))
@@ -418,6 +429,7 @@ def generate(
             remedy="see goldsmith generate --help",
         ) from error
     if output is not None:
+        require_ordinary_file(output)
         require_no_input(output, files_of_model(model), writes="the answers")
     opened = open_model(model, device=device, dtype=dtype, revision=revision)
     report = DataReport()

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from goldsmith import distributed
 from goldsmith.data.dataset import Dataset
+from goldsmith.data.loader import require_iterable
 from goldsmith.data.rendering import Renderer
 from goldsmith.data.stream import ExampleStream
 from goldsmith.errors import ConfigError, NumericalError
@@ -21,7 +22,7 @@ from goldsmith.models.precision import resolve_device
 from goldsmith.models.proof import prove
 from goldsmith.models.quantized import has_packed_weights, num_weights
 from goldsmith.models.randomness import silence_randomness
-from goldsmith.recipe import Recipe
+from goldsmith.recipe import Recipe, require_recipe
 from goldsmith.report.run_files import RESULT
 from goldsmith.storage import write_atomic
 from goldsmith.training.progress import progress_reporter
@@ -108,18 +109,22 @@ def train(
     True
 
     Raises:
+        ConfigError: no recipe was given.
         GoldsmithError: each kind with its own exit code; see `goldsmith.errors`.
     """
+    require_recipe(recipe)
     device = resolve_device(recipe.model.device)
     compute_dtype_of(recipe, device)  # refused before anything is read
     # Rows in memory may be read twice: by a tokenizer that learns, and by the data set.
+    if train_rows is not None:
+        require_iterable(train_rows)
     rows = None if train_rows is None else list(train_rows)
     folder = Path(recipe.output_dir)
     with distributed.process_group(device), open_folder(folder):
         stored = stored_recipe(recipe, folder)
         distributed.barrier()  # every process has seen the folder as it was
         if stored is not None and (folder / RESULT).is_file():
-            require_unchanged_files(folder)
+            require_unchanged_files(recipe, folder)
             return finished_result(folder)
         with explained_disk_full(folder):
             return _run(recipe, stored, folder, device, rows, eval_rows, quiet=quiet)

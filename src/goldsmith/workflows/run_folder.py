@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import platform
 import shutil
@@ -41,6 +42,7 @@ __all__ = [
     "explained_disk_full",
     "open_folder",
     "require_run_space",
+    "require_unchanged_files",
     "shared_tokenizer",
 ]
 
@@ -154,25 +156,38 @@ def _require_same_data(before: dict[str, Any], now: dict[str, Any], folder: Path
     )
 
 
-def require_unchanged_files(folder: Path) -> None:
-    """Refuse to tell the result of a finished run as that of files which are others by now; files that are gone say nothing.
+def require_unchanged_files(recipe: Recipe, folder: Path) -> None:
+    """Refuse to tell the result of a finished run as that of files which are others by now.
+
+    Files that are gone or cannot be read say nothing, and those that are streamed are not read for it.
 
     Raises:
-        MachineError: a file's bytes are not those that the run read.
+        MachineError: a file's bytes are not those that the run read, or a glob matches one that it did not read.
     """
     path = folder / DATA
     splits = json.loads(path.read_text()) if path.is_file() else {}
-    changed = [
-        f"{split}: {file['path']}"
-        for split, report in splits.items()
-        for file in report.get("files", ())
-        if file.get("sha256") and Path(file["path"]).is_file() and sha256_file(Path(file["path"])) != file["sha256"]
-    ]
+    changed = []
+    for split, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
+        files = splits.get(split, {}).get("files", ())
+        changed += [f"{split}: {file['path']}" for file in files if _is_another(Path(file["path"]), file.get("sha256"))]
+        known = {file["path"] for file in files}
+        for source in sources:
+            is_whole = source.limit is None and not source.streaming and not source.path.startswith("hf:")
+            if known and is_whole and glob.has_magic(source.path):
+                found = glob.glob(source.path, recursive=True)
+                changed += [f"{split}: {name}, which came" for name in sorted(found) if name not in known]
     if changed:
         raise MachineError(
             f"{folder}: the run is finished, and the data is no longer what it read: {'; '.join(changed)}",
             remedy="train the new data into another output_dir, or restore the files; result.json tells of the old",
         )
+
+
+def _is_another(file: Path, sha256: str | None) -> bool:
+    try:
+        return sha256 is not None and file.is_file() and sha256_file(file) != sha256
+    except OSError:
+        return False
 
 
 def data_report_of(train_data: Dataset | ExampleStream, eval_data: Dataset | None) -> dict[str, Any]:

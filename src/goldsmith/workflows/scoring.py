@@ -29,7 +29,7 @@ from goldsmith.scoring.texts import TokenTexts
 from goldsmith.scoring.writing import ScoreWriter
 from goldsmith.storage import require_no_input, require_ordinary_file
 from goldsmith.workflows.materials import Rows
-from goldsmith.workflows.models import LENGTH_OPTIONS, OpenModel, files_of_model, open_model
+from goldsmith.workflows.models import LENGTH_OPTIONS, OpenModel, files_of_model, open_model, require_sizes
 from goldsmith.workflows.saying import RowCounter, Say
 
 __all__ = ["default_budget", "score", "score_opened"]
@@ -80,9 +80,7 @@ def score(
     Raises:
         GoldsmithError: bad data (exit code 3), a refused model (4), a full disk (7).
     """
-    for option, value, least in (("tokens_per_microbatch", tokens_per_microbatch, 1), ("max_length", max_length, 2)):
-        if value is not None and value < least:
-            raise ConfigError(f"{option}: {value} is below {least}", remedy="leave it out for what suits the model")
+    require_sizes(tokens_per_microbatch, max_length)
     if alternatives < 0:
         raise ConfigError(f"alternatives: {alternatives} is negative", remedy="give how many tokens to list, such as 5")
     data = str(data) if isinstance(data, Path) else data

@@ -15,7 +15,7 @@ from goldsmith.models.precision import resolve_device
 from goldsmith.models.proof import prove
 from goldsmith.models.quantized import has_packed_weights
 from goldsmith.models.randomness import silence_randomness
-from goldsmith.recipe import Recipe
+from goldsmith.recipe import Recipe, require_recipe
 from goldsmith.workflows.materials import (
     causal_lm_of,
     choose_trained,
@@ -44,9 +44,10 @@ def verify(
         quiet: as for the other workflows; there is nothing to say on the way.
 
     Raises:
-        ConfigError: fewer than two rows, or another dtype.
+        ConfigError: no recipe, fewer than two rows, or another dtype.
         GoldsmithError: bad data, or a model that cannot be loaded or fails the proof.
     """
+    require_recipe(recipe)
     if num_rows < 2:
         raise ConfigError(f"num_rows is {num_rows}, but verify packs at least two rows", remedy="give it 8, say")
     if dtype not in ("auto", "float32", "float64"):

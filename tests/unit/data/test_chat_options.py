@@ -136,6 +136,9 @@ def test_the_last_turn_the_end_and_the_first_tokens() -> None:
     assert weighed(templated("byte", CHATML, train_on_end_token=False), TALK) == [("Yes", 1.0), ("No.", 1.0)]
     renderer = templated("byte", CHATML, first_tokens=1, first_tokens_weight=4)
     assert weighed(renderer, TALK) == [("Y", 4.0), ("es<|im_end|>", 1.0), ("N", 4.0), ("o.<|im_end|>", 1.0)]
+    for factor in (1e39, 1e-46):  # infinite, and 0, in float32
+        wrong = refusal(templated("byte", CHATML, first_tokens=1, first_tokens_weight=factor), TALK)
+        assert (wrong.reason, f"makes a weight of {factor:g}" in wrong.detail) == ("bad weight", True)
     marked = templated("byte", NO_END_OF_TURN, train_on_end_token=False)
     assert weighed(marked, TALK) == [("Yes", 1.0), ("No.", 1.0)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,11 @@ token_scores = st.builds(
     entropy=st.none() | st.floats(min_value=0, max_value=20),
     alternatives=st.none()
     | st.lists(st.tuples(st.integers(0, 10**6), st.text(max_size=5), log_probs), max_size=3).map(tuple),
+).map(
+    # The likeliest token is no less likely than the gold one.
+    lambda token: (
+        token if token.best_log_prob is None else replace(token, best_log_prob=max(token.best_log_prob, token.log_prob))
+    )
 )
 
 
@@ -125,6 +131,14 @@ def test_a_hair_above_zero_is_zero() -> None:
             r"`log_prob` is -1.7e\+308; a log-probability must be finite, and above",
         ),
         ('{"example_id": "a", "tokens": [{"log_prob": -1, "rank": 0}]}', r"`tokens\[0\].rank` is 0\n.*counts from 1"),
+        (
+            '{"example_id": "a", "tokens": [{"log_prob": -1, "best_log_prob": -1.5}]}',
+            r"`tokens\[0\].best_log_prob` is -1.5, below `log_prob`, -1.0",
+        ),
+        (
+            '{"example_id": "a", "tokens": [{"log_prob": -1, "entropy": -0.1}]}',
+            r"`tokens\[0\].entropy` is -0.1, below 0",
+        ),
         ('{"example_id": "a", "log_prob": 0.48}', "`log_prob` is 0.48, above 0"),
         (
             '{"example_id": "a", "tokens": [{"log_prob": -1}, {"log_prob": 2.5}]}',

@@ -11,6 +11,8 @@ from typing import Any
 from goldsmith.data.rows import shorten
 
 __all__ = [
+    "LARGEST_WEIGHT",
+    "SMALLEST_WEIGHT",
     "BadRowError",
     "checked_id",
     "checked_json",
@@ -90,8 +92,8 @@ def _number(value: object, name: str) -> float:
     return number
 
 
-# Sums of weights over any number of rows and tokens stay finite, and so do products of two of them.
-_LARGEST_WEIGHT = 1e30
+# A row's weight times a token's is then neither 0 nor infinite in float32, nor is a sum of them.
+SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-15, 1e15
 
 
 def checked_row_weight(value: object, name: str, *, source_weight: float = 1.0) -> float:
@@ -100,11 +102,11 @@ def checked_row_weight(value: object, name: str, *, source_weight: float = 1.0) 
     if own <= 0:
         raise BadRowError("bad weight", f"the field {name!r} is {shorten(value)}; a row's weight is above 0")
     weight = own * source_weight
-    if not 0 < weight <= _LARGEST_WEIGHT:
+    if not SMALLEST_WEIGHT <= weight <= LARGEST_WEIGHT:
         raise BadRowError(
             "bad weight",
             f"{own:g}, the row's weight, times {source_weight:g}, that of its source, is {weight:g}; "
-            f"a weight is above 0 and at most {_LARGEST_WEIGHT:g}",
+            f"a weight is at least {SMALLEST_WEIGHT:g} and at most {LARGEST_WEIGHT:g}",
         )
     return weight
 
@@ -114,10 +116,10 @@ def checked_weight(value: object, name: str) -> float:
     if value is None:
         return 1.0
     weight = _number(value, name)
-    if not 0 <= weight <= _LARGEST_WEIGHT:
+    if weight and not SMALLEST_WEIGHT <= weight <= LARGEST_WEIGHT:
         raise BadRowError(
             "bad weight",
-            f"the field {name!r} is {shorten(value)}; this weight is at least 0 and at most {_LARGEST_WEIGHT:g}",
+            f"the field {name!r} is {shorten(value)}; this weight is 0, or from {SMALLEST_WEIGHT:g} to {LARGEST_WEIGHT:g}",
         )
     return weight
 

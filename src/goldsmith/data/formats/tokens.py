@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from goldsmith.data.formats.checks import BadRowError, wrong_type
+from goldsmith.data.formats.checks import LARGEST_WEIGHT, SMALLEST_WEIGHT, BadRowError, wrong_type
 from goldsmith.data.rows import shorten
 
 __all__ = ["IGNORED_LABEL", "read_tokens"]
@@ -107,15 +106,12 @@ def _weights(items: list[object], name: str) -> npt.NDArray[np.float32]:
     for index, item in enumerate(items):
         if isinstance(item, bool) or not isinstance(item, (int, float)):
             raise wrong_type(item, f"{name}[{index}]", "a number")
-        if not (0 <= item < math.inf):
-            raise BadRowError("bad weight", f"{name}[{index}] is {shorten(item)}; a weight is finite and at least 0")
-    with np.errstate(over="ignore"):
-        try:
-            weights = np.array(items, dtype=np.float64).astype(np.float32)
-        except OverflowError:
-            weights = np.full(1, np.inf, dtype=np.float32)
-    if not np.isfinite(weights).all():
-        raise BadRowError("bad weight", f"{name!r} has a weight that is no float32: {shorten(max(items, key=_size))}")
+        if item and not SMALLEST_WEIGHT <= item <= LARGEST_WEIGHT:
+            raise BadRowError(
+                "bad weight",
+                f"{name}[{index}] is {shorten(item)}; a weight is 0, or from {SMALLEST_WEIGHT:g} to {LARGEST_WEIGHT:g}",
+            )
+    weights = np.array(items, dtype=np.float64).astype(np.float32)
     if weights[0] != 0:
         raise BadRowError(
             "first token is gold",
@@ -123,13 +119,6 @@ def _weights(items: list[object], name: str) -> npt.NDArray[np.float32]:
             "beginning token in front, or set it to 0",
         )
     return weights
-
-
-def _size(item: object) -> float:
-    try:
-        return float(item)  # type: ignore[arg-type]
-    except OverflowError:
-        return math.inf
 
 
 def _from_labels(items: list[object], name: str, ids: npt.NDArray[np.int64], ids_name: str) -> npt.NDArray[np.float32]:
