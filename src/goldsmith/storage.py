@@ -111,12 +111,18 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     _fsync(path.parent)
 
 
+_FILE_REMEDY = "give the name of a file in a folder that is there and may be written"
+
+
 def require_ordinary_file(path: str | Path, *, option: str = "output") -> None:
     """Refuse to replace a device or a pipe, such as /dev/null or /dev/stdout: a new file would take its name.
 
     Raises:
+        MachineError: it is a folder.
         ConfigError: it is there, and is neither a file nor a link to one, or lies in /dev.
     """
+    if not Path(path).name or os.path.isdir(path):
+        raise MachineError(f"{str(path)!r} cannot be written: it is a folder", remedy=_FILE_REMEDY)
     # /dev/stdout may lead to an ordinary file.
     if os.path.exists(path) and (not os.path.isfile(path) or os.path.dirname(os.path.abspath(path)) == "/dev"):
         raise ConfigError(f"{option}: {str(path)!r} is no ordinary file", remedy="give the name of a file")
@@ -129,10 +135,7 @@ def write_asked_file(path: str | Path, data: bytes | str, *, option: str = "outp
         MachineError: it is a folder, its folder is not there, or may not be written.
         ConfigError: it is a device or a pipe.
     """
-    remedy = "give the name of a file in a folder that is there and may be written"
     file = Path(path)
-    if not file.name or os.path.isdir(file):
-        raise MachineError(f"{str(path)!r} cannot be written: it is a folder", remedy=remedy)
     require_ordinary_file(file, option=option)
     try:
         write_atomic(file, data)
@@ -140,7 +143,7 @@ def write_asked_file(path: str | Path, data: bytes | str, *, option: str = "outp
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise
         reason = getattr(error, "strerror", None) or str(error)
-        raise MachineError(f"{str(path)!r} cannot be written: {reason}", remedy=remedy) from error
+        raise MachineError(f"{str(path)!r} cannot be written: {reason}", remedy=_FILE_REMEDY) from error
 
 
 def require_no_input(
