@@ -54,7 +54,7 @@ bench-lm-eval: $(DEVELOPMENT)
 faults: $(DEVELOPMENT)
 	$(BIN)/python -m pytest tests -m campaign
 
-# An hour or two on one core; SHARD=2/8 is the second of eight parts. What failed runs again with ARGS=--last-failed.
+# Two or three hours on one core; SHARD=2/8 is the second of eight parts. What failed runs again with ARGS=--last-failed.
 SHARD ?= 1/1
 invariance: $(DEVELOPMENT)
 	GOLDSMITH_SHARD=$(SHARD) $(BIN)/python -m pytest tests/invariance tests/golden -s -m '' $(ARGS)
