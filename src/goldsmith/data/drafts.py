@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from goldsmith.data.formats.checks import LARGEST_WEIGHT, SMALLEST_WEIGHT
+from goldsmith.data.formats.checks import WEIGHT_RANGE, is_weight
 from goldsmith.data.rendering_config import RenderingConfig
 from goldsmith.data.rows import Rejection
 from goldsmith.types import Conversation, GoldTurn
@@ -96,12 +96,10 @@ def turn_weights(
     if config.first_tokens:
         gold = np.flatnonzero(result > 0)[: config.first_tokens]
         products = result[gold].astype(np.float64) * config.first_tokens_weight
-        is_wrong = (products != 0) & ((products < SMALLEST_WEIGHT) | (products > LARGEST_WEIGHT))
-        if is_wrong.any():
+        if wrong := [weight for weight in products.tolist() if not is_weight(weight)]:
             raise RejectedError(
                 "bad weight",
-                f"rendering.first_tokens_weight makes a weight of {products[is_wrong][0]:g}; a weight is 0, or from "
-                f"{SMALLEST_WEIGHT:g} to {LARGEST_WEIGHT:g}",
+                f"rendering.first_tokens_weight makes a weight of {wrong[0]:g}; a weight is 0, or {WEIGHT_RANGE}",
             )
         result[gold] = products
     return result

@@ -35,7 +35,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMS
 
 from goldsmith.models import attention_cpu, attention_cuda
 from goldsmith.models.layer_kernels import has_kernels
-from goldsmith.models.layer_linears import LINEARS, PARAMETERS, LayerLinears
+from goldsmith.models.layer_linears import LINEARS, PARAMETERS, LayerLinears, present
 from goldsmith.models.layer_pieces import pieces_for
 from goldsmith.models.layout import PackLayout, current_layout
 from goldsmith.models.lora import is_active, plain_lora
@@ -226,7 +226,7 @@ class _DecoderLayer(torch.autograd.Function):
             query_size, key_size = linears.size("self_attn.q_proj"), linears.size("self_attn.k_proj")
             num_tokens = x_ND.shape[0]
 
-            normalized_ND, scales_N1 = pieces.normalize(x_ND, _present(own["input_layernorm.weight"]), epsilon, dtype)
+            normalized_ND, scales_N1 = pieces.normalize(x_ND, present(own["input_layernorm.weight"]), epsilon, dtype)
             joint = normalized_ND.new_empty(num_tokens, query_size + 2 * key_size)
             sizes = [query_size, key_size, key_size]
             linears.apply(QUERY_KEY_VALUE, normalized_ND, out=joint.split(sizes, dim=1))
@@ -239,7 +239,7 @@ class _DecoderLayer(torch.autograd.Function):
                 head_scales = joint.new_empty(num_tokens, num_query + num_key, 1, dtype=scales_N1.dtype)
                 for name, part in _normed_heads(num_query, num_key):
                     normed, head_scales[:, part] = pieces.normalize(
-                        unnormed[:, part].contiguous(), _present(own[name]), epsilon, dtype
+                        unnormed[:, part].contiguous(), present(own[name]), epsilon, dtype
                     )
                     heads[:, part] = normed
             pieces.rotate(heads[:, : num_query + num_key], cos_NW, sin_NW)
@@ -254,7 +254,7 @@ class _DecoderLayer(torch.autograd.Function):
             middle_RD = linears.apply_and_add("self_attn.o_proj", attended, residual)
 
             normalized_RD, middle_scales_R1 = pieces.normalize(
-                middle_RD, _present(own["post_attention_layernorm.weight"]), epsilon, dtype
+                middle_RD, present(own["post_attention_layernorm.weight"]), epsilon, dtype
             )
             gate_RI, up_RI = linears.apply(GATE_UP, normalized_RD)
             del normalized_RD
@@ -287,7 +287,7 @@ class _DecoderLayer(torch.autograd.Function):
         grad_gated = linears.backward(("mlp.down_proj",), (grad_product_RD,), pieces.gate(gate_RI, up_RI))
         grad_gate, grad_up = pieces.gate_backward(grad_gated, gate_RI, up_RI)
         del grad_gated, grad_product_RD
-        middle_weight = _present(own["post_attention_layernorm.weight"])
+        middle_weight = present(own["post_attention_layernorm.weight"])
         normalized_RD, unscaled_RD = pieces.normalize_again(middle_RD, middle_scales_R1, middle_weight, dtype)
         grad_normalized = linears.backward(GATE_UP, (grad_gate, grad_up), normalized_RD)
         del normalized_RD, grad_gate, grad_up
@@ -334,12 +334,12 @@ class _DecoderLayer(torch.autograd.Function):
             for name, part in _normed_heads(sizes[0], sizes[1]):
                 grad_part, grad_weight = pieces.normalize_backward(
                     grad_heads[:, part].contiguous(), unnormed[:, part].contiguous(), None,
-                    head_scales[:, part].contiguous(), _present(own[name]), None, wants_weight=needed[name],
+                    head_scales[:, part].contiguous(), present(own[name]), None, wants_weight=needed[name],
                 )  # fmt: skip
                 linears.note_norm(name, grad_weight)
                 grad_heads[:, part] = grad_part
 
-        first_weight = _present(own["input_layernorm.weight"])
+        first_weight = present(own["input_layernorm.weight"])
         normalized_ND, unscaled_ND = pieces.normalize_again(x_ND, scales_N1, first_weight, dtype)
         parts = grad_joint.split([query_size, key_size, key_size], dim=1)
         # Where nothing below this layer is trained, that is all.
@@ -367,8 +367,3 @@ def _normed_heads(num_query: int, num_key: int) -> tuple[tuple[str, slice], tupl
 
 def _attention_of(device_type: str) -> ModuleType:
     return attention_cuda if device_type == "cuda" else attention_cpu
-
-
-def _present(tensor: torch.Tensor | None) -> torch.Tensor:
-    assert tensor is not None
-    return tensor

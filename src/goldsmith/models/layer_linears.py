@@ -15,7 +15,7 @@ import torch
 
 from goldsmith.objective.linear_cross_entropy import product
 
-__all__ = ["LINEARS", "PARAMETERS", "LayerLinears"]
+__all__ = ["LINEARS", "PARAMETERS", "LayerLinears", "present"]
 
 # The tensors of a layer in the order in which its autograd node takes them.
 PARAMETERS = (
@@ -77,7 +77,7 @@ class LayerLinears:
 
     def size(self, name: str) -> int:
         """O."""
-        return _present(self.own[f"{name}.weight"]).shape[0]
+        return present(self.own[f"{name}.weight"]).shape[0]
 
     def apply(
         self, names: Sequence[str], x_ND: torch.Tensor, *, out: Sequence[torch.Tensor] | None = None
@@ -158,19 +158,19 @@ class LayerLinears:
 
     def _note(self, name: str, gradient: torch.Tensor) -> None:
         tensor = self.own[name] if name in self.own else self._factors[name]
-        self._grads[name] = gradient.to(_present(tensor).dtype)
+        self._grads[name] = gradient.to(present(tensor).dtype)
 
     def _weight(self, name: str) -> torch.Tensor:
-        return _present(self.own[f"{name}.weight"]).to(self._dtype)
+        return present(self.own[f"{name}.weight"]).to(self._dtype)
 
     def _factor(self, name: str) -> torch.Tensor:
-        return _present(self._factors[name]).to(self._dtype)
+        return present(self._factors[name]).to(self._dtype)
 
     def _factored(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if name in self._lora]
 
     def _ranks(self, factored: Sequence[str]) -> list[int]:
-        return [_present(self._factors[f"{name}.down"]).shape[0] for name in factored]
+        return [present(self._factors[f"{name}.down"]).shape[0] for name in factored]
 
     def _down(self, factored: Sequence[str]) -> torch.Tensor:
         """A of all of them under each other, [F, D]."""
@@ -178,6 +178,7 @@ class LayerLinears:
         return downs[0] if len(downs) == 1 else torch.cat(downs)
 
 
-def _present(tensor: torch.Tensor | None) -> torch.Tensor:
+def present(tensor: torch.Tensor | None) -> torch.Tensor:
+    """A tensor that every such layer has."""
     assert tensor is not None
     return tensor

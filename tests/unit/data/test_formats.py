@@ -326,7 +326,7 @@ def test_bad_tokens(values: dict[str, Any], reason: str, shown: str) -> None:
         ({"prompt": "p", "completion": "c", "weight": "heavy"}, "bad weight", "'heavy'"),
         ({"prompt": "p", "completion": "c", "weight": float("inf")}, "bad weight", "inf"),
         ({"prompt": "p", "completion": "c", "weight": 10**400}, "bad weight", "finite"),
-        ({"prompt": "p", "completion": "c", "weight": 1e16}, "bad weight", "at most 1e+15"),
+        ({"prompt": "p", "completion": "c", "weight": 1e16}, "bad weight", "a row's weight is from 1e-15 to 1e+15"),
         ({"prompt": "p", "completion": "c", "weight": True}, "wrong type", "number"),
         ({"prompt": "p", "completion": "c", "weight": [1]}, "wrong type", "number"),
     ],

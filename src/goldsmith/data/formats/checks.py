@@ -11,8 +11,7 @@ from typing import Any
 from goldsmith.data.rows import shorten
 
 __all__ = [
-    "LARGEST_WEIGHT",
-    "SMALLEST_WEIGHT",
+    "WEIGHT_RANGE",
     "BadRowError",
     "checked_id",
     "checked_json",
@@ -20,6 +19,7 @@ __all__ = [
     "checked_spans",
     "checked_text",
     "checked_weight",
+    "is_weight",
     "parsed_json",
     "wrong_type",
 ]
@@ -93,7 +93,17 @@ def _number(value: object, name: str) -> float:
 
 
 # A row's weight times a token's is then neither 0 nor infinite in float32, nor is a sum of them.
-SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-15, 1e15
+_SMALLEST_WEIGHT, _LARGEST_WEIGHT = 1e-15, 1e15
+WEIGHT_RANGE = f"from {_SMALLEST_WEIGHT:g} to {_LARGEST_WEIGHT:g}"
+
+
+def is_weight(value: float) -> bool:
+    """Of a message, a span or a token: 0, which is context, or in `WEIGHT_RANGE`.
+
+    >>> is_weight(0), is_weight(1e-16), is_weight(float("nan"))
+    (True, False, False)
+    """
+    return value == 0 or _SMALLEST_WEIGHT <= value <= _LARGEST_WEIGHT
 
 
 def checked_row_weight(value: object, name: str, *, source_weight: float = 1.0) -> float:
@@ -102,11 +112,11 @@ def checked_row_weight(value: object, name: str, *, source_weight: float = 1.0) 
     if own <= 0:
         raise BadRowError("bad weight", f"the field {name!r} is {shorten(value)}; a row's weight is above 0")
     weight = own * source_weight
-    if not SMALLEST_WEIGHT <= weight <= LARGEST_WEIGHT:
+    if weight == 0 or not is_weight(weight):
         raise BadRowError(
             "bad weight",
             f"{own:g}, the row's weight, times {source_weight:g}, that of its source, is {weight:g}; "
-            f"a weight is at least {SMALLEST_WEIGHT:g} and at most {LARGEST_WEIGHT:g}",
+            f"a row's weight is {WEIGHT_RANGE}",
         )
     return weight
 
@@ -116,11 +126,8 @@ def checked_weight(value: object, name: str) -> float:
     if value is None:
         return 1.0
     weight = _number(value, name)
-    if weight and not SMALLEST_WEIGHT <= weight <= LARGEST_WEIGHT:
-        raise BadRowError(
-            "bad weight",
-            f"the field {name!r} is {shorten(value)}; this weight is 0, or from {SMALLEST_WEIGHT:g} to {LARGEST_WEIGHT:g}",
-        )
+    if not is_weight(weight):
+        raise BadRowError("bad weight", f"the field {name!r} is {shorten(value)}; this weight is 0, or {WEIGHT_RANGE}")
     return weight
 
 

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from goldsmith.data.formats.checks import LARGEST_WEIGHT, SMALLEST_WEIGHT, BadRowError, wrong_type
+from goldsmith.data.formats.checks import WEIGHT_RANGE, BadRowError, is_weight, wrong_type
 from goldsmith.data.rows import shorten
 
 __all__ = ["IGNORED_LABEL", "read_tokens"]
@@ -106,11 +106,8 @@ def _weights(items: list[object], name: str) -> npt.NDArray[np.float32]:
     for index, item in enumerate(items):
         if isinstance(item, bool) or not isinstance(item, (int, float)):
             raise wrong_type(item, f"{name}[{index}]", "a number")
-        if item and not SMALLEST_WEIGHT <= item <= LARGEST_WEIGHT:
-            raise BadRowError(
-                "bad weight",
-                f"{name}[{index}] is {shorten(item)}; a weight is 0, or from {SMALLEST_WEIGHT:g} to {LARGEST_WEIGHT:g}",
-            )
+        if not is_weight(item):
+            raise BadRowError("bad weight", f"{name}[{index}] is {shorten(item)}; a weight is 0, or {WEIGHT_RANGE}")
     weights = np.array(items, dtype=np.float64).astype(np.float32)
     if weights[0] != 0:
         raise BadRowError(
